@@ -1,0 +1,1 @@
+"""Recipes: sections, variants, loading and validation. Never imports torch."""

@@ -1,0 +1,297 @@
+"""The sections of a recipe: pydantic models, no torch import.
+
+Defaults are neutral; what a published model used is written in recipes/, with its source in ../shared/facts.md terms.
+Unknown keys are errors (`extra="forbid"`); `megaeva.config.load` turns all of them into one message with file and line.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class VisionSection(Section):
+    """A vision tower. Numbers of published towers are in `variants.py`."""
+
+    image_size: int = Field(gt=0, description="pixels, square")
+    patch_size: int = Field(gt=0, description="pixels, square")
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)
+    activation: Literal["gelu", "quick_gelu", "swiglu"] = Field(description="gelu is the exact erf form")
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: float = 1e-6
+    norm_position: Literal["pre", "post"] = Field(
+        "pre", description="post: x + norm(f(x)), EVA's res-post-norm (E/14, 18B)"
+    )
+    qkv_bias: Literal["none", "qv", "qkv"] = Field(description="qv: the key bias is a fixed zero, not a parameter")
+    sub_ln_attention: bool = Field(False, description="norm between attention output and projection (inner_attn_ln)")
+    sub_ln_mlp: bool = Field(False, description="norm before the second MLP projection (ffn_ln)")
+    rope: bool = Field(False, description="2-D rotary embedding on q and k, cls token skipped")
+    rope_pretrain_grid: int = Field(16, description="grid the rotary angles are rescaled onto (pt_seq_len)")
+    patch_bias: bool = True
+    ln_pre: bool = Field(False, description="norm after position embedding (OpenAI / open_clip towers)")
+    head_bias: bool = False
+    patch_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of patches dropped in contrastive training")
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth of the last block; linear in depth")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, cls not counted."""
+        return self.grid_size**2
+
+
+class TextSection(Section):
+    """A causal text tower: pre-LN LayerNorm, full qkv bias, EOT-argmax pooling."""
+
+    context_length: int = Field(77, gt=0, description="tokens, sot and eot included")
+    vocab_size: int = Field(49408, gt=0)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_epsilon: float = 1e-5
+
+
+class LogitScaleSection(Section):
+    """Inverse temperature, kept as its logarithm."""
+
+    init: float = Field(2.6592600369327783, description="ln(1/0.07)")
+    trainable: bool = True
+    max: float = Field(4.605170185988092, description="clamped to [0, max] after each step; ln(100)")
+
+
+class ModelSection(Section):
+    """Two towers and their joint embedding."""
+
+    variant: str | None = Field(None, description="a name in VARIANTS that fills the rest; keys given beside it win")
+    embed_dim: int = Field(gt=0)
+    vision: VisionSection
+    text: TextSection
+    logit_scale: LogitScaleSection = LogitScaleSection()
+
+
+# -------------------------------------------------------------------------------------------------- MIM and starts
+
+
+class TeacherSection(Section):
+    """The frozen CLIP whose vision tower is distilled."""
+
+    checkpoint: str = Field(description="run folder of a contrastive run (its newest checkpoint) or one checkpoint")
+
+
+class MaskSection(Section):
+    """BEiT block-wise masking. EVA: 105 of 256 patches, smallest block 16, aspect 0.3."""
+
+    num_masked: int = Field(gt=0, description="upper bound of masked patches in an image")
+    min_block: int = Field(gt=0, description="smallest block, patches")
+    min_aspect: float = Field(0.3, gt=0.0, le=1.0, description="aspect drawn log-uniform in [min, 1/min]")
+
+
+class MIMSection(Section):
+    """Masked feature distillation."""
+
+    mask: MaskSection
+    stop_grad_patch_embed: float = Field(
+        1.0, ge=0.0, le=1.0, description="share of gradient kept at the patch embedding; EVA-02 scripts use 0.1"
+    )
+
+
+class InitSection(Section):
+    """Where weights come from: run folders. What is not named starts fresh."""
+
+    clip: str | None = None
+    vision: str | None = None
+    text: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+class AugmentSection(Section):
+    """Training crop. Evaluation resizes the shortest edge and crops the centre (`crop`) or resizes directly (`squash`)."""
+
+    scale: tuple[float, float] = Field((0.9, 1.0), description="area share of RandomResizedCrop")
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: float = Field(0.0, ge=0.0, le=1.0)
+
+
+class DataSection(Section):
+    """Shards of (jpg|png|webp, txt, json) samples."""
+
+    train: tuple[str, ...] = Field((), description="shard paths, globs or {000..999} ranges")
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    num_workers: int = Field(0, ge=0, description="decoding processes on each rank; 0 decodes in the trainer")
+    shuffle_buffer: int = Field(2048, ge=1, description="samples, on each worker")
+    augment: AugmentSection = AugmentSection()
+    tokenizer_subset: str | None = Field(None, description="vocab.json that `megaeva data` wrote; None: all 49,408")
+    max_dropped_share: float = Field(0.01, ge=0.0, le=1.0, description="broken samples above this share stop the run")
+    max_image_pixels: int = Field(64_000_000, gt=0, description="larger images are dropped as decompression bombs")
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+class AxesSection(Section):
+    """Parallel sizes of one tower; what is left of the world is data parallel."""
+
+    tp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+
+
+class ParallelSection(Section):
+    """One grid for each tower."""
+
+    vision: AxesSection = AxesSection()
+    text: AxesSection = AxesSection()
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+
+
+class TowerOptimSection(Section):
+    """Learning rate of one tower."""
+
+    lr: float = Field(gt=0.0)
+    layer_decay: float = Field(1.0, gt=0.0, le=1.0)
+
+
+class OptimSection(Section):
+    """Optimizer and schedule; rates are per step at the given global batch."""
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    vision: TowerOptimSection
+    text: TowerOptimSection | None = Field(None, description="None: as vision")
+    logit_scale_lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    weight_decay: float = 0.05
+    clip_grad_norm: float | None = Field(None, description="global norm over both towers; None: no clipping")
+    warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="cosine ends at this share of the peak")
+
+
+class TrainSection(Section):
+    """Length and batch of a run."""
+
+    total_samples: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    micro_batch_size: int | None = Field(None, description="samples of one rank in one pass; None: all at once")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    log_every_steps: int = Field(10, ge=1)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return max(1, self.total_samples // self.global_batch_size)
+
+
+class SaveSection(Section):
+    """When checkpoints are written; the last step and SIGTERM always save."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 30.0
+    keep: int = Field(2, ge=1)
+
+
+class ZeroShotSection(Section):
+    """A zero-shot classification set."""
+
+    shards: tuple[str, ...]
+    classes: str = Field(description='JSON file: {"classes": [...], "templates": ["a photo of a {}.", ...]}')
+
+
+class RetrievalSection(Section):
+    """An image-text retrieval set."""
+
+    shards: tuple[str, ...]
+
+
+class EvalSection(Section):
+    """What is measured at the end of a contrastive run and by `megaeva eval`."""
+
+    retrieval: dict[str, RetrievalSection] = {}
+    zero_shot: dict[str, ZeroShotSection] = {}
+    resize: Literal["crop", "squash"] = "crop"
+    batch_size: int = Field(64, ge=1)
+    every_steps: int | None = None
+
+
+class Config(Section):
+    """One training run."""
+
+    task: Literal["mim", "contrastive"]
+    run_dir: str
+    seed: int = 0
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelSection
+    teacher: TeacherSection | None = None
+    mim: MIMSection | None = None
+    init: InitSection = InitSection()
+    data: DataSection = DataSection()
+    parallel: ParallelSection = ParallelSection()
+    optim: OptimSection
+    train: TrainSection
+    save: SaveSection = SaveSection()
+    eval: EvalSection = EvalSection()
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+
+class LaunchSection(Section):
+    """How a stage is started."""
+
+    num_processes: int = Field(1, ge=1, description="torchrun --nproc-per-node")
+    threads_per_process: int | None = Field(None, description="OMP_NUM_THREADS")
+    extra_torchrun_args: tuple[str, ...] = Field((), description="e.g. --nnodes=45 --rdzv-endpoint=...")
+
+
+class StageSection(Section):
+    """One torchrun job: a recipe beside the loop's file, and keys set on top of it."""
+
+    recipe: str
+    set: dict[str, object] = Field({}, description="key.path: value, as on the command line")
+
+
+class TeacherStageSection(Section):
+    """Round 0: a run folder that exists, or a contrastive recipe that makes it. Exactly one."""
+
+    checkpoint: str | None = None
+    stage: StageSection | None = None
+
+
+class RoundSection(Section):
+    """distil -> clip -> evaluate -> promote. The student becomes the next round's teacher."""
+
+    name: str
+    distil: StageSection
+    clip: StageSection
+    controls: dict[str, StageSection] = Field(
+        {}, description="extra contrastive runs for comparison; `{teacher}` and `{mim}` in a value become run folders"
+    )
+
+
+class LoopConfig(Section):
+    """A weak-to-strong chain."""
+
+    run_dir: str
+    seed: int = 0
+    launch: LaunchSection = LaunchSection()
+    teacher: TeacherStageSection
+    rounds: tuple[RoundSection, ...]
+    report: bool = True

@@ -1,0 +1,45 @@
+"""The contract between the loader and the tasks."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one data-parallel rank for one optimizer step.
+
+    Attributes:
+        image_BCHW: fp32, normalised with the CLIP mean and deviation.
+        keys: sample keys, "shard-name/sample-key", for error messages and resume tests.
+        token_BL: int64 token ids padded with 0; None in MIM.
+        mask_BN: bool, True where the student sees the mask token; None outside MIM. Rows may differ in count.
+        keep_BK: int64 patch indices in 0..N-1 that survive patch dropout, cls not counted; None when all are kept.
+    """
+
+    image_BCHW: Tensor
+    keys: tuple[str, ...]
+    token_BL: Tensor | None = None
+    mask_BN: Tensor | None = None
+    keep_BK: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if isinstance(v, Tensor)}
+        )
+
+    def split(self, size: int) -> "list[Batch]":
+        """Consecutive microbatches of `size` samples; `size` must divide the batch."""
+        if len(self) % size:
+            raise ValueError(f"micro batch {size} does not divide the {len(self)} samples of this rank")
+        cuts = range(0, len(self), size)
+        return [
+            replace(self, **{f.name: v[i : i + size] for f in fields(self) if (v := getattr(self, f.name)) is not None})
+            for i in cuts
+        ]
