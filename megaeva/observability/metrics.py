@@ -1,0 +1,110 @@
+"""The record of a run: metrics.jsonl is the truth, TensorBoard a view of it."""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricLog:
+    """Appends one JSON object a line to `<run_dir>/metrics.jsonl` and the same scalars to `<run_dir>/tensorboard/`.
+
+    A line is `{"step": int, "wall_time": unix seconds, "<name>": float, ...}`. A value that is not finite is written as
+    the string "nan", "inf" or "-inf", because JSON has no such numbers. Each line is flushed as it is written, so a
+    killed process loses none that it logged.
+
+    Construct it on the main rank only; the other ranks need none. There is no collective inside.
+
+    Args:
+        run_dir: the run's folder; made when missing.
+        resumed_step: the step the run continues from. Lines of later steps, written by a process that died after its
+            last checkpoint, are removed, and so is a line cut off half way: the file of a resumed run lists the same
+            steps and values as that of an uninterrupted one. 0 (a fresh run) removes every line of a step above 0.
+        tensorboard: False leaves TensorBoard out.
+    """
+
+    def __init__(self, run_dir: Path | str, *, resumed_step: int = 0, tensorboard: bool = True) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_up_to(resumed_step)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._writer = self._open_tensorboard(resumed_step) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line. `values`: plain floats (call `.item()` first); names with a `/` group in TensorBoard."""
+        line: dict[str, Any] = {"step": step, "wall_time": round(time.time(), 3)}
+        line |= {name: _jsonable(float(value)) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flushes and closes both files; a second call does nothing."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _keep_up_to(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [json.dumps(line) + "\n" for line in _parse(self.path) if line["step"] <= step]
+        # Rename over the old file, so that a kill during the rewrite leaves one of the two whole.
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def _open_tensorboard(self, resumed_step: int) -> Any:
+        try:
+            # Imported here: it takes a second or two, which readers of the JSON lines need not spend.
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.warning("no TensorBoard files: `pip install tensorboard` to have them; %s is complete", self.path)
+            return None
+        # purge_step hides the events that a dead process wrote after its last checkpoint.
+        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl in file order, non-finite values as floats; empty when there is no file."""
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        return []
+    return [{name: float(value) for name, value in line.items()} for line in _parse(path)]
+
+
+def _parse(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a last line that a kill cut short is left out, any other broken line is an error."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    parsed = []
+    for number, text in enumerate(lines, 1):
+        if not text:
+            continue
+        try:
+            parsed.append(json.loads(text))
+        except json.JSONDecodeError:
+            if number != len(lines):  # the writer ends each line with a newline: only an unfinished one has none
+                raise
+    return parsed
+
+
+def _jsonable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
