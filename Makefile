@@ -1,0 +1,82 @@
+# Each target creates .venv and installs what it needs: `make demo` and `make test` are the whole set-up of a machine that
+# has Python 3.11 (with venv), gcc and pip. `make PYTHON=/path/to/python3.11 ...` picks another interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format bench bench-demo cuda-check clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+CONSTRAINTS := .ci/constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
+# What the editable install depends on: requirements, and everything that is compiled into the extension.
+INSTALL_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Architectures the CUDA sources must compile for; nvcc needs no GPU.
+NVCC ?= $(shell command -v nvcc || echo $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc)
+CUDA_ARCHITECTURES := sm_80 sm_90a sm_100
+
+help:
+	@echo "make demo        data, teacher, student, evaluation and a report, in runs/demo"
+	@echo "make test        every test that needs no GPU"
+	@echo "make test-fast   unit and kernel tests, without the slow ones"
+	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
+	@echo "make bench       the native operators beside plain PyTorch"
+	@echo "make bench-demo  the demo over three seeds with its controls (long)"
+	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
+	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
+
+demo: $(VENV)/.demo
+	$(BIN)/megaeva demo
+
+bench-demo: $(VENV)/.demo
+	$(BIN)/megaeva demo --bench
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not gpu"
+
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not gpu and not slow" tests/unit tests/kernels
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megaeva
+	$(BIN)/codespell
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo
+	$(BIN)/python tools/benchmark.py normalize-pack
+
+cuda-check:
+	@test -x "$(NVCC)" || { echo "cuda-check: no nvcc on PATH or under CUDA_HOME; install the CUDA toolkit 13." >&2; exit 1; }
+	@mkdir -p build/cuda-check
+	@for source in csrc/*/*_cuda.cu; do for architecture in $(CUDA_ARCHITECTURES); do \
+	  echo "nvcc $$architecture $$source"; \
+	  $(NVCC) -std=c++20 -O3 -Werror all-warnings -arch=$$architecture -I csrc -c $$source \
+	    -o build/cuda-check/$$(basename $$source .cu).$$architecture.o; done; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info megaeva/ops/*.so
+
+# ------------------------------------------------------------------------------------------------------------ set-up
+
+# torch comes first: the extension is compiled against it.
+$(VENV)/.torch: $(CONSTRAINTS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 with venv and pip, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), must be 3.11; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || echo "make: no C++ compiler; install gcc and g++ for the native operators (plain PyTorch runs without them)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) -m venv failed; install its venv module (Debian: apt install python3.11-venv)" >&2; exit 1; }
+	@echo "make: installing torch into $(VENV) (about a minute)"
+	@$(PIP_INSTALL) torch torchvision setuptools wheel ninja
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(INSTALL_INPUTS)
+	@echo "make: installing megaeva[$*] into $(VENV), compiling csrc/"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
