@@ -1,0 +1,86 @@
+"""Symmetric InfoNCE over the global batch, exact on any number of ranks, without a batch x batch matrix."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megaeva.ops.normalize_pack import normalize_pack
+from megaeva.parallel.collectives import all_gather_rows, all_reduce_sum
+
+TILE = 1024  # rows of the global batch in one tile of logits
+
+
+def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: ProcessGroup) -> Tensor:
+    """The fp32 mean over all pairs of the global batch and both directions (0-dim), identical on every rank.
+
+    Inputs need not be normalised; every rank passes the same B. Logits are fp32 whatever the input dtype. Row i of
+    `image_BE` and of `text_BE` is a pair. Source: Radford et al. 2021, figure 3; EVA-CLIP uses the same.
+
+    Communication: one all-gather of both modalities and one of the log-sum-exps; no reduce-scatter of gradients,
+    since once all log-sum-exps are known each rank computes its own. Extra memory: O(B * tile), never batch^2.
+
+    Gradient: of `image_BE` and `text_BE` exactly d(global mean)/d(this rank's inputs); of `log_scale` this rank's
+    share, so that the sum over the group is the derivative. All ranks of `group` must call it and its backward.
+    """
+    packed_2BE = normalize_pack(image_BE, text_BE)
+    return _StreamingInfoNCE.apply(packed_2BE, log_scale, group)
+
+
+class _StreamingInfoNCE(torch.autograd.Function):
+    """Loss of packed unit rows [2B, E]: images first, then their texts."""
+
+    @staticmethod
+    def forward(ctx, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
+        local = packed_2BE.shape[0] // 2
+        first = group.rank() * local
+        scale = log_scale.float().exp()
+        rows = packed_2BE.float()
+        every = all_gather_rows(rows, group).view(group.size(), 2, local, -1)
+        image_GE, text_GE = every[:, 0].flatten(0, 1), every[:, 1].flatten(0, 1)
+        lse_image_B = _row_logsumexp(rows[:local], text_GE, scale)
+        lse_text_B = _row_logsumexp(rows[local:], image_GE, scale)
+        paired_B = scale * (rows[:local] * rows[local:]).sum(-1)
+        total = (lse_image_B + lse_text_B - 2 * paired_B).sum()
+        loss = all_reduce_sum(total, group) / (2 * image_GE.shape[0])
+        lse_2B = torch.cat([lse_image_B, lse_text_B])
+        lse = all_gather_rows(lse_2B, group).view(group.size(), 2, local)
+        ctx.save_for_backward(packed_2BE, image_GE, text_GE, lse[:, 0].flatten(), lse[:, 1].flatten(), scale)
+        ctx.first, ctx.log_scale_dtype = first, log_scale.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):  # type: ignore[override]
+        packed_2BE, image_GE, text_GE, lse_image_G, lse_text_G, scale = ctx.saved_tensors
+        local, first = packed_2BE.shape[0] // 2, ctx.first
+        rows = packed_2BE.float()
+        here = slice(first, first + local)
+        grad_2BE = torch.empty_like(rows)
+        grad_2BE[:local], image_share = _rows_backward(rows[:local], text_GE, scale, lse_image_G[here], lse_text_G)
+        grad_2BE[local:], text_share = _rows_backward(rows[local:], image_GE, scale, lse_text_G[here], lse_image_G)
+        # The pairs on the diagonal, for both directions.
+        grad_2BE[:local] -= 2 * text_GE[here]
+        grad_2BE[local:] -= 2 * image_GE[here]
+        paired = scale * (rows[:local] * rows[local:]).sum()
+        factor = grad_loss / (2 * image_GE.shape[0])
+        grad_log_scale = factor * (image_share + text_share - 2 * paired)
+        return (grad_2BE * (factor * scale)).to(packed_2BE.dtype), grad_log_scale.to(ctx.log_scale_dtype), None
+
+
+def _row_logsumexp(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> Tensor:
+    """log sum_j exp(scale * query_i . key_j), [B], over tiles of keys."""
+    parts = [torch.logsumexp(scale * (query_BE @ keys.T), dim=1) for keys in key_GE.split(TILE)]
+    return torch.logsumexp(torch.stack(parts), dim=0) if len(parts) > 1 else parts[0]
+
+
+def _rows_backward(
+    query_BE: Tensor, key_GE: Tensor, scale: Tensor, lse_query_B: Tensor, lse_key_G: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(softmax over keys + softmax over queries) @ keys, [B, E], and sum(softmax over keys * logits), 0-dim."""
+    grad_BE = torch.zeros_like(query_BE)
+    expected_logit = query_BE.new_zeros(())
+    for keys, lse_keys in zip(key_GE.split(TILE), lse_key_G.split(TILE), strict=True):
+        logits = scale * (query_BE @ keys.T)
+        over_keys = torch.exp(logits - lse_query_B[:, None])
+        expected_logit += (over_keys * logits).sum()
+        grad_BE.addmm_(over_keys.add_(torch.exp(logits - lse_keys[None, :])), keys)
+    return grad_BE, expected_logit

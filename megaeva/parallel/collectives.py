@@ -1,0 +1,81 @@
+"""Small collectives of the training loop: agreement on flags, sums, and errors that every rank learns about."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaeva.errors import UserError
+from megaeva.parallel.runtime import Runtime
+
+T = TypeVar("T")
+
+
+class RemoteError(UserError):
+    """Another rank failed; this one stops with it instead of waiting in a collective."""
+
+
+def all_sum(values: list[float], runtime: Runtime, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Element-wise fp64 sums over the ranks of `group` (the world if None), which all call it; no call on one rank."""
+    if (group.size() if group is not None else runtime.world_size) == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=runtime.device)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def all_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks in rank order, [ranks * X, D]; all ranks pass the same shape. Not differentiable."""
+    if group.size() == 1:
+        return rows_XD
+    gathered = rows_XD.new_empty(group.size() * rows_XD.shape[0], *rows_XD.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows_XD.contiguous(), group=group)
+    return gathered
+
+
+def gather_objects(value: T, runtime: Runtime) -> list[T]:
+    """One picklable value from every rank, in rank order, on every rank; between our own processes only."""
+    if runtime.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T, runtime: Runtime) -> T:
+    """Rank 0's value on every rank."""
+    return gather_objects(value if runtime.is_main else None, runtime)[0]  # type: ignore[return-value]
+
+
+def raise_together(error: Exception | None, what: str, runtime: Runtime) -> None:
+    """Return if no rank has an error; otherwise raise on every rank. All ranks must call it.
+
+    The failing rank raises its own error, the others a `RemoteError` that names the rank and quotes it.
+    """
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}", runtime)
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise RemoteError(f"rank {rank} failed while {what}: {text}")
+
+
+@contextmanager
+def together(what: str, runtime: Runtime) -> Iterator[None]:
+    """Run a block on every rank; if it fails on one, it fails on all. Not for blocks that contain collectives."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error, what, runtime)
+
+
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the ranks of `group`, in place. Not differentiable."""
+    if group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value

@@ -1,0 +1,36 @@
+"""What the trainer asks of a task: its towers, a step, and a summary. The trainer never asks which task it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megaeva.data.batch import Batch
+from megaeva.parallel.grid import Grid
+from megaeva.parallel.wrap import Tower
+
+
+class Task(Protocol):
+    """Model, loss and batch contract of one kind of training.
+
+    Attributes:
+        towers: trained modules in a fixed order; also what checkpoints hold.
+        grid: the grid whose data-parallel ranks read different samples.
+        start_report: lines that say where each weight came from.
+    """
+
+    towers: Sequence[Tower]
+    grid: Grid
+    start_report: list[str]
+
+    def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
+        """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced."""
+        ...
+
+    def after_step(self) -> dict[str, float]:
+        """What must follow an optimizer step (clamping), and figures for the log."""
+        ...
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluation results by set name; empty when the task has none. All ranks call it."""
+        ...
