@@ -20,25 +20,35 @@ class MetricLog:
     the string "nan", "inf" or "-inf", because JSON has no such numbers. Each line is flushed as it is written, so a
     killed process loses none that it logged.
 
-    Construct it on the main rank only; the other ranks need none. There is no collective inside.
+    There is no collective inside: any rank may construct it, one rank writes.
 
     Args:
         run_dir: the run's folder; made when missing.
-        resumed_step: the step the run continues from. Lines of later steps, written by a process that died after its
-            last checkpoint, are removed, and so is a line cut off half way: the file of a resumed run lists the same
-            steps and values as that of an uninterrupted one. 0 (a fresh run) removes every line of a step above 0.
+        first_step: optimizer steps the run has already done, 0 for a fresh one. Lines of later steps, written by a
+            process that died after its last checkpoint, are removed, and so is a line cut off half way: the file of a
+            resumed run lists the same steps and values as that of an uninterrupted one.
+        enabled: True on the main rank; elsewhere nothing is opened or written.
         tensorboard: False leaves TensorBoard out.
     """
 
-    def __init__(self, run_dir: Path | str, *, resumed_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path | str, *, first_step: int = 0, enabled: bool = True, tensorboard: bool = True
+    ) -> None:
         self.path = Path(run_dir) / FILE_NAME
+        self._file: TextIO | None = None
+        self._writer: Any = None
+        if not enabled:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._keep_up_to(resumed_step)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
-        self._writer = self._open_tensorboard(resumed_step) if tensorboard else None
+        self._keep_up_to(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._writer = self._open_tensorboard(first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line. `values`: plain floats (call `.item()` first); names with a `/` group in TensorBoard."""
+        if self._file is None:
+            return
         line: dict[str, Any] = {"step": step, "wall_time": round(time.time(), 3)}
         line |= {name: _jsonable(float(value)) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
@@ -47,9 +57,18 @@ class MetricLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, float(value), step)
 
+    def flush(self) -> None:
+        """Brings both files to the disk, past the system's cache; for the moment before a checkpoint is written."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         """Flushes and closes both files; a second call does nothing."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -72,7 +91,7 @@ class MetricLog:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def _open_tensorboard(self, resumed_step: int) -> Any:
+    def _open_tensorboard(self, first_step: int) -> Any:
         try:
             # Imported here: it takes a second or two, which readers of the JSON lines need not spend.
             from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +99,7 @@ class MetricLog:
             logger.warning("no TensorBoard files: `pip install tensorboard` to have them; %s is complete", self.path)
             return None
         # purge_step hides the events that a dead process wrote after its last checkpoint.
-        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:

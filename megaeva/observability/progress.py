@@ -14,13 +14,15 @@ class StatusLine:
     """Shows where a run stands.
 
     On a terminal the line is redrawn in place and stays after `close`. On a pipe or a file each `update` prints one
-    plain line without escape codes. Construct it on the main rank only.
+    plain line without escape codes.
 
     Args:
         stream: where to print; stdout by default.
+        enabled: True on the main rank; elsewhere nothing is shown.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._stream = stream if stream is not None else sys.stdout
         self._live: Live | None = None
 
@@ -50,6 +52,8 @@ class StatusLine:
             memory_gib: peak memory of this rank's device (host memory on a CPU).
             eta_seconds: time left.
         """
+        if not self._enabled:
+            return
         parts = [
             f"{stage} {_MARK}{step:,}/{total_steps:,} ({100 * step / max(1, total_steps):.0f} %)",
             f"ETA {format_duration(eta_seconds)}" if eta_seconds is not None else "",
@@ -69,6 +73,15 @@ class StatusLine:
             self._live = Live(Text(""), console=console, auto_refresh=False, transient=False)
             self._live.start()
         self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the live one."""
+        if not self._enabled:
+            return
+        if self._live is not None:
+            self._live.console.print(Text(text))
+        else:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the last line standing and gives the cursor back; a second call does nothing."""

@@ -8,8 +8,8 @@ import pytest
 from megaeva.observability.metrics import MetricLog, read_metrics
 
 
-def _log(run_dir: Path, steps: range, resumed_step: int = 0) -> None:
-    with MetricLog(run_dir, resumed_step=resumed_step, tensorboard=False) as log:
+def _log(run_dir: Path, steps: range, first_step: int = 0) -> None:
+    with MetricLog(run_dir, first_step=first_step, tensorboard=False) as log:
         for step in steps:
             log.write(step, {"loss": 1.0 / step, "lr": 0.1 * step})
 
@@ -26,7 +26,7 @@ def test_round_trip_keeps_order_and_values(tmp_path: Path) -> None:
 def test_resumed_file_equals_uninterrupted(tmp_path: Path) -> None:
     _log(tmp_path / "whole", range(1, 11))
     _log(tmp_path / "cut", range(1, 8))  # died at 7, last checkpoint at 4
-    _log(tmp_path / "cut", range(5, 11), resumed_step=4)
+    _log(tmp_path / "cut", range(5, 11), first_step=4)
     assert _without_time(tmp_path / "cut") == _without_time(tmp_path / "whole")
 
 
@@ -35,7 +35,7 @@ def test_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    _log(tmp_path, range(4, 6), resumed_step=3)
+    _log(tmp_path, range(4, 6), first_step=3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
@@ -73,3 +73,10 @@ def test_tensorboard_has_the_same_scalars(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with MetricLog(tmp_path / "run", enabled=False) as log:
+        log.write(1, {"loss": 1.0})
+        log.flush()
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,14 @@ def test_terminal_redraws_in_place() -> None:
     assert stream.getvalue().count("\n") <= 2  # three updates, not three lines
 
 
+def test_other_ranks_show_nothing() -> None:
+    stream = io.StringIO()
+    line = StatusLine(stream, enabled=False)
+    _update(line)
+    line.say("saved")
+    assert stream.getvalue() == ""
+
+
 def test_relayed_lines_are_recognised() -> None:
     stream = io.StringIO()
     _update(StatusLine(stream))
