@@ -1,0 +1,207 @@
+"""The training loop: build, fit, step. It knows no task, no tower and no device."""
+
+import math
+import signal
+import time
+from pathlib import Path
+
+from megaeva.checkpoint.store import CheckpointStore
+from megaeva.config import dump
+from megaeva.config.schema import Config
+from megaeva.config.validate import check_world
+from megaeva.data.batch import Batch
+from megaeva.data.loader import Loader
+from megaeva.data.preflight import preflight
+from megaeva.data.shards import expand_shards
+from megaeva.errors import CheckpointError, UserError
+from megaeva.observability.record import RunRecord, manifest
+from megaeva.optim.build import build_optimizer
+from megaeva.parallel.collectives import all_sum, gather_objects, raise_together, together
+from megaeva.parallel.runtime import Runtime, seed_pass
+from megaeva.tasks import build_task
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Trainer:
+    """One run of one recipe on the ranks of this job. All ranks construct it and call `fit` together.
+
+    Everything random is a function of (seed, step, microbatch, data rank) or of a sample's place in the stream, so a
+    checkpoint needs no RNG state: step, weights, optimizer and the loader's position continue a run bit for bit.
+
+    Args:
+        cfg: the resolved recipe.
+        runtime: this process's place in the job.
+        resume: continue from the run folder's newest checkpoint; without it a folder with checkpoints is refused.
+        recipe_changes: lines shown at the start: what the recipe sets on top of its base.
+
+    Raises:
+        UserError: whatever is wrong with the recipe, data or checkpoint; on every rank.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, *, resume: bool, recipe_changes: list[str]) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        check_world(cfg, runtime.world_size)
+        self.run_dir = Path(cfg.run_dir)
+        self.store = CheckpointStore(self.run_dir, cfg.save.keep)
+        newest = self._open_run_folder(resume)
+        self.task = build_task(cfg, runtime)
+        grid = self.task.grid
+        with together("opening the data", runtime):
+            data_report = preflight(cfg, grid.dp_size) if runtime.is_main else ""
+            self.loader = Loader(
+                cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
+            )
+        self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
+        self.next_step = self._load(newest) if newest else 0
+        self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
+        self.micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // grid.dp_size
+        self.terminated = False
+        self.record = RunRecord(
+            self.run_dir,
+            enabled=runtime.is_main,
+            stage=self.run_dir.name,
+            total_steps=cfg.train.total_steps,
+            global_batch_size=cfg.train.global_batch_size,
+            first_step=self.next_step,
+        )
+        if runtime.is_main:
+            dump(cfg, self.run_dir / "config.yaml")
+        shards, starts = expand_shards(cfg.data.train), self.task.start_report
+        self.record.write_json("manifest.json", manifest(world_size=runtime.world_size, shards=shards, starts=starts))
+        resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
+        for line in [*recipe_changes, *starts, data_report, *resumed]:
+            self.record.say(line)
+
+    def fit(self) -> int:
+        """Train to the last step, saving on the way. Returns the exit code: 0, or 143 after SIGTERM and a save."""
+        previous_handler = signal.signal(signal.SIGTERM, self._note_sigterm)
+        try:
+            while self.next_step < self.cfg.train.total_steps:
+                batch, save, stop = self.next_batch()
+                if save or stop:
+                    self.save()
+                if stop:
+                    self.record.say(f"SIGTERM: step {self.next_step} is saved in {self.run_dir}; --resume continues")
+                    return TERMINATED
+                self.log(self.step(batch))
+                if self.cfg.eval.every_steps and self.next_step % self.cfg.eval.every_steps == 0:
+                    self.evaluate()
+            self.finish()
+            return 0
+        finally:
+            self.loader.close()
+            self.record.close()
+            signal.signal(signal.SIGTERM, previous_handler)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; returns its figures. A loss that is not finite never reaches the weights."""
+        step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
+        batches = batch.to(self.runtime.device).split(self.micro_batch_size)
+        rates = self.learning_rate.set(step)
+        loss = self.task.step(batches, lambda index: seed_pass(seed, step, index, data_rank)).item()
+        if not math.isfinite(loss):
+            self._stop_on_loss(loss, batch)
+        _, grad_norm = self.optimizer.step()
+        self.next_step = step + 1
+        figures = {"loss": loss, "grad_norm": float(grad_norm)}
+        return figures | {f"lr/{tower}": rate for tower, rate in rates.items()} | self.task.after_step()
+
+    def next_batch(self) -> tuple[Batch, bool, bool]:
+        """The next batch, and whether all ranks save or stop before it. A loader's error is raised on every rank."""
+        self.position = self.loader.state_dict()
+        batch, error = None, None
+        try:
+            batch = next(self.loader)
+        except Exception as caught:
+            error = caught
+        failed, save, stop = all_sum([error is not None, self._save_is_due(), self.terminated], self.runtime)
+        if failed:
+            raise_together(error, "reading data", self.runtime)
+        assert batch is not None
+        return batch, bool(save), bool(stop)
+
+    def save(self) -> None:
+        """Write a checkpoint that continues with the batch after the last finished step. All ranks call it."""
+        if self.next_step > self.last_saved_step:
+            samples = {"samples": self.next_step * self.cfg.train.global_batch_size}
+            self.store.save(
+                self.next_step,
+                self.task.towers,
+                self.optimizer,
+                config=self.cfg,
+                loader_state=self.position,
+                extra=samples,
+            )
+            self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Record the step's figures when they are due."""
+        if self.next_step % self.cfg.train.log_every_steps == 0 or self.next_step == self.cfg.train.total_steps:
+            waited, memory = self.loader.wait_seconds, self.runtime.memory_gib()
+            self.record.step(self.next_step, figures, waited_seconds=waited, memory_gib=memory)
+
+    def evaluate(self) -> None:
+        """Measure the model as it is. All ranks call it."""
+        results = self.task.evaluate()
+        if results:
+            self.record.results(self.next_step, results)
+
+    def finish(self) -> None:
+        """Save, evaluate, and mark the run as finished for the loop and the report."""
+        self.position = self.loader.state_dict()
+        self.save()
+        self.evaluate()
+        summary = {
+            "step": self.next_step,
+            "samples": self.next_step * self.cfg.train.global_batch_size,
+            "num_parameters": self.task.num_parameters,
+            "dropped_samples": dict(self.loader.dropped),
+        }
+        self.record.write_json("finished.json", summary)
+
+    def _open_run_folder(self, resume: bool) -> Path | None:
+        """Make the folder and write the resolved recipe; returns the checkpoint to continue from, on every rank."""
+        with together("opening the run folder", self.runtime):
+            newest = self.store.newest()
+            if newest and not resume:
+                raise CheckpointError(
+                    f"run_dir={self.run_dir} already holds {newest.name}; a new run needs a folder of its own: "
+                    f"add --resume to continue that run, or set run_dir=..."
+                )
+            if self.runtime.is_main:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                (self.run_dir / "finished.json").unlink(missing_ok=True)
+        return newest
+
+    def _load(self, checkpoint: Path) -> int:
+        """Restore weights, optimizer and data position; returns the next step."""
+        grid = self.task.grid
+        state = self.store.load(
+            checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_rank=grid.dp_rank
+        )
+        self.loader.load_state_dict(state.loader_state)
+        return state.step
+
+    def _save_is_due(self) -> bool:
+        """Whether the step count, or rank 0's clock, asks for a checkpoint."""
+        every_steps, every_minutes = self.cfg.save.every_steps, self.cfg.save.every_minutes
+        if every_steps and self.next_step % every_steps == 0:
+            return self.next_step > self.last_saved_step
+        elapsed = time.monotonic() - self.last_saved_at
+        return bool(every_minutes and self.runtime.is_main and elapsed >= 60 * every_minutes)
+
+    def _stop_on_loss(self, loss: float, batch: Batch) -> None:
+        """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
+        keys = [key for keys in gather_objects(batch.keys, self.runtime) for key in keys]
+        name = f"bad_batch_step_{self.next_step}.json"
+        self.record.write_json(name, {"step": self.next_step, "loss": str(loss), "keys": keys})
+        raise UserError(
+            f"loss={loss} at step {self.next_step}; it must be finite. Samples {', '.join(keys[:4])}, ... "
+            f"({len(keys)} in all, listed in {self.run_dir / name}). Last good checkpoint: "
+            f"{self.store.newest() or 'none'}. Look at these samples, lower the learning rate or beta2, and continue "
+            f"with --resume."
+        )
+
+    def _note_sigterm(self, *_: object) -> None:
+        self.terminated = True
