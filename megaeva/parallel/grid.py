@@ -1,0 +1,92 @@
+"""The process groups of one tower."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+# Before megatron.core: it guards that import against a broken Transformer Engine.
+from megaeva.parallel import platform as _platform  # noqa: F401  isort: skip
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megaeva.config.schema import AxesSection
+from megaeva.errors import UserError
+from megaeva.parallel.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One tower's parallel axes and this rank's place on them.
+
+    Attributes:
+        groups: every group that Megatron-core 0.16 asks for when groups are passed explicitly.
+    """
+
+    groups: ProcessGroupCollection
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+
+
+def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
+    """Returns the tower's groups over all ranks, order tp-cp-pp-dp: neighbouring ranks differ in tp.
+
+    All ranks must call it, for the same towers in the same order.
+
+    Raises:
+        UserError: tp x pp does not divide the number of ranks.
+    """
+    model_size = axes.tp * axes.pp
+    if runtime.world_size % model_size:
+        raise UserError(
+            f"parallel axes tp={axes.tp} x pp={axes.pp} = {model_size} must divide the {runtime.world_size} started "
+            f"processes; start a multiple of {model_size} (torchrun --nproc-per-node) or lower tp or pp."
+        )
+    data_size = runtime.world_size // model_size
+    comm = HyperCommGrid([axes.tp, 1, axes.pp, data_size], ["tp", "cp", "pp", "dp"], backend=runtime.backend)
+    groups = ProcessGroupCollection(
+        tp=comm.create_pg("tp"),
+        cp=comm.create_pg("cp"),
+        pp=comm.create_pg("pp"),
+        dp=comm.create_pg("dp"),
+        mp=comm.create_pg(["tp", "pp"]),
+        tp_cp=comm.create_pg(["tp", "cp"]),
+        dp_cp=comm.create_pg(["cp", "dp"]),
+        tp_dp_cp=comm.create_pg(["tp", "cp", "dp"]),
+        intra_dist_opt=comm.create_pg(["tp", "cp", "pp", "dp"]),
+    )
+    # One optimizer instance over the whole tower.
+    groups.intra_dp_cp = groups.dp_cp
+    groups.inter_dist_opt = None
+    # No experts: their groups are the dense ones, and the expert axis has size one.
+    groups.ep = groups.cp
+    groups.expt_tp = groups.tp
+    groups.tp_ep = groups.tp
+    groups.tp_ep_pp = groups.mp
+    groups.expt_dp = groups.dp
+    groups.intra_expt_dp = groups.dp
+    groups.hcp = None
+    # Towers tie no weights between stages: the embedding groups hold this rank's first (and last) stage only.
+    stages = comm.get_rank_enum("pp")
+    groups.pos_embd, _ = dist.new_subgroups_by_enumeration([[ranks[0]] for ranks in stages], backend=runtime.backend)
+    ends = [[ranks[0]] if axes.pp == 1 else [ranks[0], ranks[-1]] for ranks in stages]
+    groups.embd, _ = dist.new_subgroups_by_enumeration(ends, backend=runtime.backend)
+    return Grid(
+        groups=groups,
+        tp_size=axes.tp,
+        tp_rank=groups.tp.rank(),
+        pp_size=axes.pp,
+        pp_rank=groups.pp.rank(),
+        dp_size=data_size,
+        dp_rank=groups.dp.rank(),
+    )
+
+
+def grid_of_one() -> Grid:
+    """Returns a grid without process groups, enough to build a tower (on any device, meta too) but not to run it."""
+    names = ("tp", "cp", "pp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "expt_dp", "tp_ep_pp", "intra_dist_opt")
+    groups = ProcessGroupCollection(**dict.fromkeys(names))
+    return Grid(groups=groups, tp_size=1, tp_rank=0, pp_size=1, pp_rank=0, dp_size=1, dp_rank=0)

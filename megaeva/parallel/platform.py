@@ -1,0 +1,285 @@
+"""Which device a run uses, and the shim that lets Megatron-core 0.16 run on CPU ranks with gloo.
+
+The shim is three tables, each row with its reason: modules whose name `torch` is replaced by a view of torch that knows
+no GPU, functions whose code compares against CUDA type names, and single symbols. Nothing is patched in torch itself
+but `Tensor.cuda`, there is no mode that runs on every torch call, and on CUDA none of it is applied.
+
+Importing this module guards `import megatron.core` against a broken Transformer Engine; import it first.
+"""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from types import CodeType, ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megaeva.errors import UserError
+
+# ------------------------------------------------------------------------------------------------ Transformer Engine
+
+
+class _TolerantLoader(importlib.abc.Loader):
+    """Runs another loader and reports whatever it raises as ImportError."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        try:
+            self._loader.exec_module(module)
+        except Exception as error:
+            transformer_engine_failure.append(f"{type(error).__name__}: {error}")
+            # ModuleNotFoundError, as some mcore modules catch only that one.
+            raise ModuleNotFoundError(f"transformer_engine is installed but broken ({error})") from error
+
+
+class _TransformerEngineGuard(importlib.abc.MetaPathFinder):
+    """A half-installed Transformer Engine raises OSError (a missing libnccl.so.2) when imported, and mcore, which
+    expects ImportError, would pass it on from `import megatron.core`. Delete when mcore catches OSError there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "transformer_engine" and not fullname.startswith("transformer_engine."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _TolerantLoader(spec.loader)
+        return spec
+
+
+transformer_engine_failure: list[str] = []
+"""Why importing an installed Transformer Engine failed, innermost first; empty when it works or is not installed."""
+
+if not any(isinstance(finder, _TransformerEngineGuard) for finder in sys.meta_path):
+    sys.meta_path.insert(0, _TransformerEngineGuard())
+
+
+def require_transformer_engine() -> None:
+    """Returns if Transformer Engine imports.
+
+    Raises:
+        UserError: it is not installed, or installed and broken; says how to mend it.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        reason = transformer_engine_failure[0] if transformer_engine_failure else str(error)
+        raise UserError(
+            f"layer_spec='te' needs Transformer Engine, which does not import here ({reason}); it must be built for this "
+            "torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH, "
+            "or use layer_spec='local'."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- noise without a GPU
+
+if not torch.cuda.is_available():
+    # Said by four mcore modules on every rank at import; on a CPU there are no other implementations to install.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+
+# ----------------------------------------------------------------------------------------------------------- device
+
+
+def choose(platform: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Returns the platform to run on: what was asked for, or for "auto" cuda where torch sees a GPU.
+
+    Raises:
+        UserError: cuda was asked for and torch sees no GPU.
+    """
+    if platform == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if platform == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "platform=cuda, but torch.cuda.is_available() is false; it must see a GPU: check `nvidia-smi` and that "
+            f"torch {torch.__version__} is a CUDA build, or set platform=cpu."
+        )
+    return platform
+
+
+# ------------------------------------------------------------------------------------------------------------- shim
+
+_CORE = "megatron.core."
+
+# Modules that write device="cuda" or call torch.cuda: their global name `torch` becomes a view without a GPU.
+TORCH_VIEWS: dict[str, str] = {
+    _CORE + "tensor_parallel.mappings": "sequence-parallel gather and scatter buffers on current_device()",
+    _CORE + "tensor_parallel.layers": "weights when not initialised on the CPU, sequence-parallel gradient buffers",
+    _CORE + "tensor_parallel.random": "RNG tracker and recompute: the CPU generator plays the part of CUDA's",
+    _CORE + "tensor_parallel.utils": "split and gather of 1-D chunks on current_device()",
+    _CORE + "tensor_parallel.data": "broadcast_data gathers on current_device()",
+    _CORE + "transformer.module": "buffers on current_device()",
+    _CORE + "transformer.transformer_layer": "buffers on current_device()",
+    _CORE + "transformer.utils": "attention masks with device='cuda'",
+    _CORE + "distributed.distributed_data_parallel": "streams of several optimizer instances, synchronize()",
+    _CORE + "distributed.param_and_grad_buffer": "gradient and parameter buffers on current_device()",
+    _CORE + "distributed.finalize_model_grads": "gradient synchronisation at the end of a schedule",
+    _CORE + "optimizer": "param groups and grad scaler",
+    _CORE + "optimizer.optimizer": "found-inf flag and loss scale on current_device() and device='cuda'",
+    _CORE + "optimizer.distrib_optimizer": "state gathers on current_device()",
+    _CORE + "optimizer.clip_grads": "norms and the overflow buffer with device='cuda'",
+    _CORE + "optimizer.grad_scaler": "scale tensors with device='cuda'",
+    _CORE + "pipeline_parallel.schedules": "num_tokens with device='cuda' in every schedule, the no-pipeline one too",
+    _CORE + "pipeline_parallel.p2p_communication": "receive buffers on current_device()",
+    _CORE + "timers": "synchronize() around timers",
+    _CORE + "utils": "global memory buffer on current_device(), nvtx ranges",
+    _CORE + "dist_checkpointing.exchange_utils": "exchanged shards with device='cuda'",
+    _CORE + "dist_checkpointing.strategies.async_utils": "queue agreement tensors on current_device()",
+    _CORE + "dist_checkpointing.strategies.filesystem_async": "synchronize() before writing",
+    _CORE + "dist_checkpointing.strategies.fully_parallel": "synchronize() around the exchange",
+    _CORE + "dist_checkpointing.strategies.state_dict_saver": "failure count on current_device()",
+    _CORE + "dist_checkpointing.tensor_aware_state_dict": "synchronize() before writing",
+}
+
+# Functions that compare Tensor.type() with CUDA type names: the names in their code lose the "cuda.".
+TYPE_NAMES: dict[str, str] = {
+    _CORE + "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__": "sorts parameters by type name",
+    _CORE + "optimizer.distrib_optimizer:DistributedOptimizer.__init__": "marks 16-bit parameters by type name",
+    _CORE + "optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups": "sorts by type name",
+    _CORE + "optimizer.clip_grads:clip_grad_by_total_norm_fp32": "asserts that gradients are fp32 by type name",
+}
+
+
+def _cpu_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _same_tensor(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return self
+
+
+# Single symbols and what stands in for them.
+SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
+    _CORE + "tensor_parallel.random:_get_cuda_rng_state": (_cpu_rng_state, "tracker state from the CPU generator"),
+    _CORE + "tensor_parallel.random:_set_cuda_rng_state": (_set_cpu_rng_state, "tracker state to the CPU generator"),
+    "torch:Tensor.cuda": (_same_tensor, "mcore moves optimizer state with .cuda(); on CPU it is where it should be"),
+}
+
+_FACTORIES = (
+    "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn",
+    "empty_like", "zeros_like", "ones_like", "full_like",
+)  # fmt: skip
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _View(ModuleType):
+    """A module that shows another's names, except those set on it."""
+
+    def __init__(self, module: ModuleType, **own: Any) -> None:
+        super().__init__(module.__name__)
+        # Copied, so that the common lookups cost what they cost on torch itself.
+        self.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")} | own)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+@functools.cache
+def _torch_on_cpu() -> _View:
+    """torch without a GPU: factories put device="cuda" on the CPU, torch.cuda's device is the CPU."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=nothing,
+        empty_cache=nothing,
+        manual_seed=torch.manual_seed,
+        get_rng_state=_cpu_rng_state,
+        set_rng_state=_set_cpu_rng_state,
+        nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing),
+    )
+    return _View(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+
+def _torch_in_rng_module() -> _View:
+    """As `_torch_on_cpu`, for the module that treats the CPU's and CUDA's generator as two: here they are one, which
+    it knows as CUDA's. Its own view of the CPU generator must be empty, or every fork of the tracker would be
+    reported as a stray change of the CPU generator and undone twice."""
+    own = dict(vars(_torch_on_cpu()))
+    own.update(get_rng_state=lambda: torch.zeros(1, dtype=torch.uint8), set_rng_state=lambda state: None)
+    return _View(torch, **{k: v for k, v in own.items() if not k.startswith("__")})
+
+
+def resolve(symbol: str) -> tuple[Any, str]:
+    """Returns (owner, attribute name) of "package.module:Qualified.name", importing the module.
+
+    Raises:
+        AttributeError: the installed package has no such symbol.
+    """
+    module_name, _, path = symbol.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    getattr(owner, name)
+    return owner, name
+
+
+def without_cuda(value: Any) -> Any:
+    """Returns a code constant with CUDA type names replaced by the CPU's, inner functions and tuples included."""
+    if isinstance(value, str):
+        return value.replace("torch.cuda.", "torch.")
+    if isinstance(value, tuple):
+        return tuple(without_cuda(item) for item in value)
+    if isinstance(value, CodeType):
+        return value.replace(co_consts=without_cuda(value.co_consts))
+    return value
+
+
+_applied = False
+
+
+def apply_cpu_shim() -> None:
+    """Applies the three tables to the installed Megatron-core, once; later calls do nothing.
+
+    Raises:
+        AttributeError, ModuleNotFoundError: a named symbol is missing, that is, mcore is not the pinned version.
+    """
+    global _applied
+    if _applied:
+        return
+    for module_name in TORCH_VIEWS:
+        is_rng = module_name.endswith("tensor_parallel.random")
+        owner, name = resolve(module_name + ":torch")
+        setattr(owner, name, _torch_in_rng_module() if is_rng else _torch_on_cpu())
+    for symbol in TYPE_NAMES:
+        owner, name = resolve(symbol)
+        function = getattr(owner, name)
+        function = getattr(function, "__func__", function)
+        function.__code__ = without_cuda(function.__code__)
+    for symbol, (replacement, _) in SYMBOLS.items():
+        owner, name = resolve(symbol)
+        setattr(owner, name, replacement)
+    _applied = True
