@@ -1,4 +1,4 @@
-"""Tiny made-up shards: coloured shapes on gradients, each with a caption that says what is drawn. For tests and benchmarks."""
+"""Tiny made-up shards: coloured shapes on gradients, each with a caption that says what is drawn."""
 
 import io
 import json
