@@ -1,0 +1,158 @@
+"""A job's output is relayed, and its end is told with the rank, the cause and the message."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megaeva.config.schema import LaunchSection
+from megaeva.loop.launch import (
+    StageFailedError,
+    StageInterruptedError,
+    build_command,
+    build_environment,
+    describe_exit,
+    last_error,
+    run_module,
+)
+
+ONE, TWO = LaunchSection(), LaunchSection(num_processes=2)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a module named `job` that the started processes can import."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path.cwd()}")
+    return lambda source: (tmp_path / "job.py").write_text(textwrap.dedent(source))
+
+
+def test_output_goes_to_terminal_and_log(job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job("import sys; print('hello', sys.argv[1:]); print('warned', file=sys.stderr)")
+    log = tmp_path / "logs" / "a.log"
+    run_module("job", ["x=1"], ONE, log, stage="a")
+    for text in (capsys.readouterr().out, log.read_text()):
+        assert "hello ['x=1']" in text
+        assert "warned" in text
+
+
+def test_error_of_a_single_process_is_quoted(job, tmp_path: Path) -> None:
+    job("raise ValueError('the shard is empty')")
+    with pytest.raises(StageFailedError) as caught:
+        run_module("job", [], ONE, tmp_path / "a.log", stage="round1/distil")
+    text = str(caught.value)
+    for part in ("round1/distil", "rank 0", "code 1", "ValueError: the shard is empty", "a.log"):
+        assert part in text
+
+
+def test_user_error_is_quoted_whole(job, tmp_path: Path) -> None:
+    job("import sys; print('error: tp=3 is wrong.\\nUse 2.', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(StageFailedError) as caught:
+        run_module("job", [], ONE, tmp_path / "a.log", stage="a")
+    assert caught.value.exit_code == 2
+    assert caught.value.reason == "error: tp=3 is wrong.\nUse 2."
+
+
+def test_rank_that_is_killed_is_named_and_others_stop(job, tmp_path: Path) -> None:
+    job(
+        """
+        import os, signal, time
+        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(120)
+        """
+    )
+    started_at = time.monotonic()
+    with pytest.raises(StageFailedError) as caught:
+        run_module("job", [], TWO, tmp_path / "a.log", stage="a")
+    assert (caught.value.rank, caught.value.exit_code) == (1, -signal.SIGKILL)
+    assert "rank 1 was killed by SIGKILL" in str(caught.value)
+    assert time.monotonic() - started_at < 60
+
+
+def test_message_of_the_rank_that_failed_first_is_found(job, tmp_path: Path) -> None:
+    job(
+        """
+        import os, time
+        from torch.distributed.elastic.multiprocessing.errors import record
+        @record
+        def main():
+            if os.environ["RANK"] == "1":
+                raise ValueError("bad sample 000123")
+            time.sleep(120)
+        main()
+        """
+    )
+    with pytest.raises(StageFailedError) as caught:
+        run_module("job", [], TWO, tmp_path / "a.log", stage="a")
+    assert (caught.value.rank, caught.value.exit_code) == (1, 1)
+    assert "bad sample 000123" in caught.value.reason
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_the_job_which_may_save(job, tmp_path: Path, signum: signal.Signals) -> None:
+    job(
+        f"""
+        import pathlib, signal, sys, time
+        def save(*_):
+            pathlib.Path({str(tmp_path / "saved")!r}).write_text("yes")
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, save)
+        print("ready")
+        time.sleep(60)
+        """
+    )
+    code = (
+        "from pathlib import Path; from megaeva.config.schema import LaunchSection;"
+        "from megaeva.loop.launch import run_module;"
+        f"run_module('job', [], LaunchSection(), Path({str(tmp_path / 'a.log')!r}), stage='a')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(signum)
+    _, errors = parent.communicate(timeout=30)
+    assert (tmp_path / "saved").read_text() == "yes"
+    assert StageInterruptedError.__name__ in errors
+    assert signum.name in errors
+
+
+def test_command_forms(tmp_path: Path) -> None:
+    assert build_command("m", ["a"], ONE, tmp_path)[1:] == ["-m", "m", "a"]
+    assert "--standalone" in build_command("m", ["a"], TWO, tmp_path)
+    cluster = LaunchSection(num_processes=8, extra_torchrun_args=("--nnodes=45", "--rdzv-endpoint=head:29500"))
+    command = build_command("m", ["a"], cluster, tmp_path)
+    assert "--standalone" not in command
+    assert command[-3:] == ["-m", "m", "a"]
+    assert command.index("--nnodes=45") < command.index("m")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert build_environment(TWO)["OMP_NUM_THREADS"] == "5"
+    assert build_environment(LaunchSection(threads_per_process=3))["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert "OMP_NUM_THREADS" not in build_environment(ONE)
+    assert int(build_environment(TWO)["OMP_NUM_THREADS"]) >= 1
+
+
+def test_exit_descriptions() -> None:
+    assert "SIGKILL" in describe_exit(-9)
+    assert "memory" in describe_exit(-9)
+    assert describe_exit(3) == "exited with code 3"
+
+
+def test_last_error_skips_noise() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "x.py", line 1, in <module>',
+        "torch.OutOfMemoryError: 12 GiB wanted",
+        "mim · step 10/20 (50 %) · loss 0.1",
+        "W1123 10:00:00 torch/distributed/elastic: Sending process 12 closing signal SIGTERM",
+    ]
+    assert last_error(lines) == "torch.OutOfMemoryError: 12 GiB wanted"
