@@ -1,0 +1,1 @@
+"""Optimizers: parameter groups by name, AdamW and LAMB over mcore's distributed optimizer, and the schedule."""

@@ -1,0 +1,113 @@
+"""From a recipe's `optim` section and the towers to one optimizer and its learning rates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch import Tensor
+
+from megaeva.config.schema import Config, OptimSection
+from megaeva.optim.lamb import Lamb, ShardMap
+from megaeva.optim.param_groups import param_groups
+from megaeva.optim.schedule import LearningRate
+from megaeva.optim.tower_optimizer import ShardedAdam, TowerOptimizers, init_state, main_state
+from megaeva.parallel.grid import Grid
+from megaeva.parallel.shards import is_sharded
+from megaeva.parallel.wrap import Tower
+
+
+def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimizers, LearningRate]:
+    """The optimizer of all trained towers, and the schedule that sets its rates. All ranks call it together.
+
+    Load weights into the towers before: main parameters are copied from them here. A tower without a trained parameter
+    (a frozen logit scale) has no optimizer. mcore's own builder is not used, as it knows neither LAMB nor layer decay.
+
+    With `parallel.distributed_optimizer` each data-parallel rank updates its share of a tower (ZeRO-1) and the towers
+    must be wrapped for it. Parameters in bf16 have an fp32 main copy, held by the optimizer.
+    """
+    config = _mcore_config(cfg)
+    optimizers: dict[str, MegatronOptimizer] = {}
+    parameters: dict[str, list[Tensor]] = {}
+    for tower in towers:
+        if not tower.trained:
+            continue
+        parameters[tower.name] = [p for p in tower.module.parameters() if p.requires_grad]
+        optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg.optim)
+    optimizer = TowerOptimizers(optimizers, parameters)
+    return optimizer, LearningRate(optimizer, cfg)
+
+
+def _mcore_config(cfg: Config) -> OptimizerConfig:
+    bf16 = cfg.train.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=cfg.optim.vision.lr,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        clip_grad=cfg.optim.clip_grad_norm or 0.0,
+    )
+
+
+def _tower_optimizer(
+    tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, optim: OptimSection
+) -> MegatronOptimizer:
+    inner = _inner_optimizer(param_groups(tower.name, tower.module.named_parameters(), optim), optim)
+    groups: Any = tower.grid.groups
+    wrapped: MegatronOptimizer
+    if config.use_distributed_optimizer:
+        wrapped = ShardedAdam(
+            inner,
+            config,
+            grad_scaler=None,
+            init_state_fn=None,
+            model_chunks=[tower.ddp],
+            per_model_buffers={0: tower.ddp.buffers},
+            data_parallel_group=groups.dp_cp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=groups.mp.rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        # The world: with this one group for all towers mcore adds up one norm over both.
+        wrapped.grad_stats_parallel_group = None
+    elif config.bf16:
+        wrapped = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
+        wrapped.grad_stats_parallel_group = groups.mp
+    else:
+        wrapped = FP32Optimizer(inner, config, lambda *_: None)
+        wrapped.grad_stats_parallel_group = groups.mp
+    wrapped.tp_group = groups.tp
+    init_state(inner)
+    if isinstance(inner, Lamb):
+        inner.shard_map = _shard_map(wrapped, parameters, tower.grid, sharded=config.use_distributed_optimizer)
+    return wrapped
+
+
+def _inner_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch.optim.AdamW:
+    """Decoupled weight decay in both; `fused` is one pass over memory, on CPU too."""
+    if optim.name == "lamb":
+        return Lamb(groups, betas=optim.betas, eps=optim.epsilon)
+    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.epsilon, fused=True)
+
+
+def _shard_map(optimizer: MegatronOptimizer, parameters: Sequence[Tensor], grid: Grid, *, sharded: bool) -> ShardMap:
+    """Where the pieces of each parameter are: over tp if it is split there, over dp under the distributed optimizer."""
+    index: dict[Tensor, int] = {}
+    replicas: list[Tensor] = []
+    for i, parameter in enumerate(parameters):
+        if sharded and parameter not in optimizer.model_param_group_index_map:
+            continue
+        main = main_state(optimizer, parameter)["param"]
+        index[main] = i
+        if not is_sharded(parameter) and grid.tp_rank > 0:
+            replicas.append(main)
+    groups: Any = grid.groups
+    return ShardMap(
+        len(parameters),
+        index,
+        device=parameters[0].device,
+        not_counted=frozenset(replicas),
+        group=groups.tp_dp_cp if sharded else groups.tp,
+    )
