@@ -1,0 +1,312 @@
+"""The `megaeva` command: doctor, demo, data, train, loop, eval.
+
+Nothing heavy is imported before a command runs: the help appears at once, and a mistake in a recipe is told before
+torch is loaded. Mistakes of the user end in their message and exit code 2, Ctrl-C in 130.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from megaeva.errors import ConfigError, DataError, UserError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_NEXT_STEPS = """
+Next:
+  megaeva doctor                           what is installed, what is missing, how to mend it
+  megaeva demo                             a CLIP from weak to strong on emoji, about ten minutes on two cores
+  megaeva train recipes/demo_teacher.yaml  one run; any key can be set: train.total_samples=8000
+  recipes/README.md                        every recipe and where its numbers come from
+"""
+
+app = typer.Typer(
+    name="megaeva",
+    help="Weak-to-strong training of CLIP models through Megatron-core.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make shards, or check the ones a recipe names.", rich_markup_mode=None)
+app.add_typer(data_app, name="data", no_args_is_help=True)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file of recipes/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key.path=value", help="Set on top of the recipe.", show_default=False),
+]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes here, one for each GPU or core.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each.", show_default=False)]
+
+
+def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`command` without tracebacks: a `UserError` is its message and exit code 2, Ctrl-C is exit code 130."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Weak-to-strong training of CLIP models through Megatron-core."""
+    if version:
+        from megaeva import __version__
+
+        typer.echo(f"megaeva {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        typer.echo(_NEXT_STEPS)
+
+
+@app.command()
+@explained
+def doctor() -> None:
+    """Check the installation and print the fix of what is wrong.
+
+    Exit code 1 if something that is needed is broken.
+    """
+    from megaeva.doctor import examine, print_report
+
+    raise typer.Exit(0 if print_report(examine()) else 1)
+
+
+@app.command()
+@explained
+def demo(
+    run_dir: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/demo")] = None,
+    bench: Annotated[bool, typer.Option("--bench", help="Three seeds and all controls, into runs/bench_demo.")] = False,
+) -> None:
+    """Train CLIPs from weak to strong on emoji.
+
+    Makes the data set if it is absent, trains teacher, student and control, prints the table, writes report.html.
+    """
+    root = repository()
+    target = run_dir.absolute() if run_dir is not None else root / "runs" / ("bench_demo" if bench else "demo")
+    # The demo's recipes name data/ and runs/ relative to the repository.
+    os.chdir(root)
+    if not Path("data/emoji/index.json").exists():
+        from megaeva.data.prepare.emoji import prepare_emoji
+
+        typer.echo("Rendering the emoji data set into data/emoji ...")
+        typer.echo(str(prepare_emoji(Path("data/emoji"))))
+    shown = Path(os.path.relpath(target)) if target.is_relative_to(root) else target
+    if bench:
+        _run_seeds(Path("recipes/bench_demo.yaml"), [], shown, [0, 1, 2])
+        return
+    _run_loop(Path("recipes/demo.yaml"), [f"run_dir={shown}"])
+
+
+@data_app.command("emoji")
+@explained
+def data_emoji(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+) -> None:
+    """Render OpenMoji and its names into shards.
+
+    train, val, heldout (compositions that train lacks) and zero_shot, with the vocabulary and the attribution.
+    """
+    from megaeva.data.prepare.emoji import prepare_emoji
+
+    typer.echo(str(prepare_emoji(out, seed=seed)))
+    typer.echo(f"written: {out}")
+
+
+@data_app.command("folder")
+@explained
+def data_folder(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Images, each with a .txt caption.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+) -> None:
+    """Pack images and their .txt captions into shards."""
+    from megaeva.data.prepare.folder import prepare_folder
+
+    typer.echo(str(prepare_folder(source, out, samples_per_shard=samples_per_shard)))
+    typer.echo(f"written: {out}")
+
+
+@data_app.command("check")
+@explained
+def data_check(recipe: Recipe, overrides: Overrides = None, processes: Processes = 1) -> None:
+    """Open the first shard that a recipe names.
+
+    Shows its keys, sizes and a caption, or says what would stop a run.
+    """
+    from megaeva.config import check_world, load
+
+    cfg = load(recipe, overrides or ())
+    check_world(cfg, processes)
+    from megaeva.data.loader import preflight
+
+    axes = cfg.parallel.vision
+    typer.echo(preflight(cfg, processes // (axes.tp * axes.pp)))
+
+
+@app.command()
+@explained
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's newest checkpoint.")] = False,
+) -> None:
+    """Train from a recipe on this machine.
+
+    On a cluster: torchrun -m megaeva.train RECIPE [key.path=value ...], see recipes/train_slurm.sh.
+    """
+    from megaeva.config import check_world, load
+    from megaeva.config.schema import LaunchSection
+
+    cfg = load(recipe, overrides or ())
+    check_world(cfg, processes)
+    if not resume:
+        refuse_old_run(Path(cfg.run_dir))
+    from megaeva.loop.launch import launch
+
+    section = LaunchSection(num_processes=processes, threads_per_process=threads)
+    launch(recipe, overrides or [], section, Path(cfg.run_dir) / "train.log", resume)
+
+
+@app.command()
+@explained
+def loop(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Repeat for these, e.g. 0,1,2; print mean and spread.", show_default=False),
+    ] = None,
+) -> None:
+    """Run weak-to-strong rounds: distil, clip, evaluate.
+
+    The same command again continues where it stopped.
+    """
+    if seeds is None:
+        _run_loop(recipe, overrides or [])
+        return
+    from megaeva.config import load_loop
+
+    if not all(part.strip().isdigit() for part in seeds.split(",")):
+        raise ConfigError(f"--seeds {seeds} must be whole numbers with commas between them; e.g. --seeds 0,1,2.")
+    run_dir = Path(load_loop(recipe, overrides or ()).run_dir)
+    _run_seeds(recipe, overrides or [], run_dir, [int(part) for part in seeds.split(",")])
+
+
+@app.command("eval")
+@explained
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a contrastive run.", show_default=False)],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of eval.json.", show_default="RUN_DIR")] = None,
+    processes: Processes = 1,
+    threads: Threads = None,
+) -> None:
+    """Measure a trained CLIP.
+
+    On the sets of its recipe, or on sets given as eval.retrieval.NAME.shards=[...].
+    """
+    from megaeva.config import check_world, load
+    from megaeva.config.schema import LaunchSection
+
+    root = next((p for p in (run_dir, *run_dir.parents[:2]) if (p / "config.yaml").is_file()), None)
+    if root is None:
+        raise DataError(
+            f"{run_dir} holds no config.yaml, a run folder (or one checkpoint in it) is needed; "
+            "name the folder that `megaeva train` wrote, e.g. runs/demo_teacher."
+        )
+    cfg = load(root / "config.yaml", overrides or ())
+    if cfg.task != "contrastive":
+        raise ConfigError(f"{run_dir} is a run of task={cfg.task}, not a CLIP; name a contrastive run.")
+    check_world(cfg, processes)
+    from megaeva.loop.launch import run_module
+
+    arguments = [str(run_dir), "--output", str(output or root), *(overrides or [])]
+    section = LaunchSection(num_processes=processes, threads_per_process=threads)
+    run_module("megaeva.eval.run", arguments, section, (output or root) / "eval.log", stage="eval")
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def repository() -> Path:
+    """The checkout that holds recipes/: the one this package is installed from, else the current folder.
+
+    Raises:
+        DataError: neither holds recipes/demo.yaml.
+    """
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (root / "recipes" / "demo.yaml").is_file():
+            return root
+    raise DataError(
+        "recipes/demo.yaml is neither beside the installed package nor in this folder, the demo needs a checkout; "
+        "run `megaeva demo` in a clone of the repository."
+    )
+
+
+def refuse_old_run(run_dir: Path) -> None:
+    """Returns when a fresh run may write to `run_dir`.
+
+    Raises:
+        ConfigError: checkpoints of an earlier run are there, which a fresh start would mix with its own.
+    """
+    if any((run_dir / "checkpoints").glob("step_*")):
+        raise ConfigError(
+            f"run_dir={run_dir} holds checkpoints of an earlier run, a fresh run needs a new folder; "
+            "add --resume to continue it, or set run_dir=... to another folder."
+        )
+
+
+def _run_loop(recipe: Path, overrides: list[str]) -> Path:
+    from megaeva.config import load_loop
+
+    cfg = load_loop(recipe, overrides)
+    from megaeva.loop.weak_to_strong import run_loop
+
+    run_loop(cfg, recipe)
+    folder = Path(cfg.run_dir)
+    typer.echo(f"results: {folder / 'results.json'}")
+    if (folder / "report.html").exists():
+        typer.echo(f"open {folder / 'report.html'} in a browser")
+    return folder
+
+
+def _run_seeds(recipe: Path, overrides: list[str], run_dir: Path, seeds: list[int]) -> None:
+    """Runs a loop once for each seed in `run_dir/seed_N` and prints mean and spread."""
+    folders = [_run_loop(recipe, [*overrides, f"seed={seed}", f"run_dir={run_dir / f'seed_{seed}'}"]) for seed in seeds]
+    from megaeva.loop.aggregate import write_aggregate
+
+    write_aggregate(folders, run_dir / "aggregate.json")
+    typer.echo(f"mean and spread: {run_dir / 'aggregate.json'}")
+
+
+def main() -> None:
+    """Entry point of the `megaeva` command; does not return."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Rules between sections: what pydantic cannot say about one field alone.
+
+Each rule is a small generator of `Problem`. `megaeva.config.load` runs all of them, also over a recipe whose fields are
+partly wrong, so that everything is reported at once; a rule that needs an unreadable field is skipped then.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import TypeVar
+
+from megaeva.config.schema import Config, LoopConfig, TextSection, VisionSection
+from megaeva.errors import ConfigError
+
+CLIP_VOCAB_SIZE = 49408
+_ConfigT = TypeVar("_ConfigT", Config, LoopConfig)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the key, what must be, and what to do. `load` adds the value, the file and the line."""
+
+    key: str
+    must: str
+    do: str
+
+
+class UnknownValue(Exception):
+    """A rule asked for a field that could not be read; control flow between the rules and `load`, never shown."""
+
+
+def _choices(values: list[int]) -> str:
+    """The text "1, 2 or 4"."""
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+# ------------------------------------------------------------------------------------------------------ one tower
+
+
+def _head_width(key: str, tower: VisionSection | TextSection) -> Iterator[Problem]:
+    if tower.hidden_size % tower.num_heads:
+        yield Problem(
+            f"{key}.num_heads",
+            f"must divide {key}.hidden_size={tower.hidden_size}",
+            f"change one of the two, e.g. num_heads={gcd(tower.hidden_size, tower.num_heads)}",
+        )
+
+
+def _vision_heads(cfg: Config) -> Iterator[Problem]:
+    yield from _head_width("model.vision", cfg.model.vision)
+
+
+def _text_heads(cfg: Config) -> Iterator[Problem]:
+    yield from _head_width("model.text", cfg.model.text)
+
+
+def _patches(cfg: Config) -> Iterator[Problem]:
+    vision = cfg.model.vision
+    if vision.image_size % vision.patch_size:
+        lower = max(1, vision.image_size // vision.patch_size) * vision.patch_size
+        yield Problem(
+            "model.vision.image_size",
+            f"must be a multiple of model.vision.patch_size={vision.patch_size}",
+            f"use {lower} or {lower + vision.patch_size}",
+        )
+
+
+def _rope(cfg: Config) -> Iterator[Problem]:
+    vision = cfg.model.vision
+    if vision.rope and vision.hidden_size % vision.num_heads == 0 and (vision.hidden_size // vision.num_heads) % 4:
+        yield Problem(
+            "model.vision.rope",
+            f"needs a head width divisible by 4 (rows and columns in pairs), it is hidden_size / num_heads = "
+            f"{vision.hidden_size // vision.num_heads}",
+            "change hidden_size or num_heads, or set model.vision.rope=false",
+        )
+
+
+def _logit_scale(cfg: Config) -> Iterator[Problem]:
+    scale = cfg.model.logit_scale
+    if not 0 <= scale.init <= scale.max:
+        yield Problem(
+            "model.logit_scale.init",
+            f"must lie in [0, model.logit_scale.max={scale.max:.6g}]",
+            "give the logarithm of the inverse temperature, e.g. 2.6592600369327783 for 1/0.07",
+        )
+
+
+# ------------------------------------------------------------------------------------------------- parallel sizes
+
+
+def vision_tp_choices(cfg: Config) -> list[int]:
+    """The tensor-parallel sizes that split the vision tower evenly (heads and MLP), ascending."""
+    return _divisors(gcd(cfg.model.vision.num_heads, cfg.model.vision.ffn_hidden_size))
+
+
+def text_tp_choices(cfg: Config) -> list[int]:
+    """The tensor-parallel sizes that split the text tower evenly (heads, MLP and vocabulary), ascending."""
+    text = cfg.model.text
+    return _divisors(gcd(text.num_heads, text.ffn_hidden_size, text.vocab_size))
+
+
+def _tp_splits(key: str, tp: int, sizes: dict[str, int], choices: list[int]) -> Iterator[Problem]:
+    broken = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    if broken:
+        yield Problem(f"parallel.{key}.tp", f"must divide {' and '.join(broken)}", f"use {_choices(choices)}")
+
+
+def _vision_tp(cfg: Config) -> Iterator[Problem]:
+    vision = cfg.model.vision
+    sizes = {
+        "model.vision.num_heads": vision.num_heads,
+        "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
+    }
+    yield from _tp_splits("vision", cfg.parallel.vision.tp, sizes, vision_tp_choices(cfg))
+
+
+def _text_tp(cfg: Config) -> Iterator[Problem]:
+    if cfg.task != "contrastive":
+        return
+    text = cfg.model.text
+    sizes = {
+        "model.text.num_heads": text.num_heads,
+        "model.text.ffn_hidden_size": text.ffn_hidden_size,
+        "model.text.vocab_size": text.vocab_size,
+    }
+    yield from _tp_splits("text", cfg.parallel.text.tp, sizes, text_tp_choices(cfg))
+
+
+def _same_tp(cfg: Config) -> Iterator[Problem]:
+    if cfg.task == "contrastive" and cfg.parallel.vision.tp != cfg.parallel.text.tp:
+        both = sorted(set(vision_tp_choices(cfg)) & set(text_tp_choices(cfg)))
+        yield Problem(
+            "parallel.text.tp",
+            f"must equal parallel.vision.tp={cfg.parallel.vision.tp} in this version "
+            "(towers of different tensor-parallel sizes come with the parallelism issue)",
+            f"set both to {_choices(both)}",
+        )
+
+
+def _pipeline(cfg: Config) -> Iterator[Problem]:
+    for name, axes in (("vision", cfg.parallel.vision), ("text", cfg.parallel.text)):
+        if axes.pp != 1:
+            yield Problem(
+                f"parallel.{name}.pp",
+                "must be 1 in this version (pipeline parallelism comes with the parallelism issue)",
+                f"use a larger parallel.{name}.tp instead",
+            )
+
+
+# ------------------------------------------------------------------------------------------------ tasks and starts
+
+
+def _task_sections(cfg: Config) -> Iterator[Problem]:
+    if cfg.task == "mim":
+        if cfg.mim is None:
+            yield Problem(
+                "mim", "is needed by task=mim", "add mim.mask.num_masked and mim.mask.min_block (EVA: 105 and 16)"
+            )
+        if cfg.teacher is None:
+            yield Problem("teacher", "is needed by task=mim", "set teacher.checkpoint to the run folder of a CLIP")
+        if cfg.init.text is not None:
+            yield Problem("init.text", "must be absent in task=mim, which has no text tower", "remove it")
+    else:
+        for name in ("mim", "teacher"):
+            if getattr(cfg, name) is not None:
+                yield Problem(name, "must be absent in task=contrastive", "remove it, or set task=mim")
+
+
+def _mask(cfg: Config) -> Iterator[Problem]:
+    if cfg.mim is None:
+        return
+    mask, num_patches = cfg.mim.mask, cfg.model.vision.num_patches
+    if mask.num_masked >= num_patches:
+        yield Problem(
+            "mim.mask.num_masked",
+            f"must be below the {num_patches} patches of an image",
+            f"EVA masks 41 %: use {round(0.41 * num_patches)}",
+        )
+    if mask.min_block > mask.num_masked:
+        yield Problem(
+            "mim.mask.min_block", f"must not exceed mim.mask.num_masked={mask.num_masked}", "use a smaller block"
+        )
+
+
+def _mim_sees_all(cfg: Config) -> Iterator[Problem]:
+    if cfg.task == "mim" and cfg.model.vision.patch_dropout > 0:
+        yield Problem(
+            "model.vision.patch_dropout",
+            "must be 0 in task=mim, whose encoder runs on all tokens",
+            "remove it here and set it in the contrastive recipe",
+        )
+
+
+def _vocabulary(cfg: Config) -> Iterator[Problem]:
+    if cfg.task == "contrastive" and cfg.data.tokenizer_subset is None and cfg.model.text.vocab_size < CLIP_VOCAB_SIZE:
+        yield Problem(
+            "model.text.vocab_size",
+            f"must be at least {CLIP_VOCAB_SIZE}, the CLIP vocabulary",
+            "set data.tokenizer_subset to the vocab.json that `megaeva data` wrote, or enlarge the vocabulary",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- data and schedule
+
+
+def _train_data(cfg: Config) -> Iterator[Problem]:
+    if not cfg.data.train:
+        yield Problem("data.train", "must name at least one shard", 'e.g. data.train=["data/emoji/train/*.tar"]')
+
+
+def _eval_data(cfg: Config) -> Iterator[Problem]:
+    sets = {f"eval.retrieval.{k}": v.shards for k, v in cfg.eval.retrieval.items()}
+    sets |= {f"eval.zero_shot.{k}": v.shards for k, v in cfg.eval.zero_shot.items()}
+    for key, shards in sets.items():
+        if not shards:
+            yield Problem(f"{key}.shards", "must name at least one shard", "name the shards or remove the set")
+
+
+def _augment(cfg: Config) -> Iterator[Problem]:
+    low, high = cfg.data.augment.scale
+    if not 0 < low <= high <= 1:
+        yield Problem("data.augment.scale", "must be 0 < low <= high <= 1 (share of the area)", "e.g. [0.9, 1.0]")
+    low, high = cfg.data.augment.ratio
+    if not 0 < low <= high:
+        yield Problem("data.augment.ratio", "must be 0 < low <= high (width / height)", "e.g. [0.75, 1.3333]")
+
+
+def _optimizer(cfg: Config) -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        yield Problem("optim.betas", "must each lie in [0, 1)", "e.g. [0.9, 0.98]")
+    if cfg.optim.clip_grad_norm is not None and cfg.optim.clip_grad_norm <= 0:
+        yield Problem("optim.clip_grad_norm", "must be above 0", "use null for no clipping")
+
+
+def _warmup(cfg: Config) -> Iterator[Problem]:
+    steps = max(1, cfg.train.total_samples // cfg.train.global_batch_size)
+    if cfg.optim.warmup_steps >= steps:
+        yield Problem(
+            "optim.warmup_steps",
+            f"must be below the {steps} steps of the run (train.total_samples={cfg.train.total_samples} / "
+            f"train.global_batch_size={cfg.train.global_batch_size})",
+            f"use e.g. {steps // 10}, or train longer",
+        )
+
+
+def _micro_batch(cfg: Config) -> Iterator[Problem]:
+    micro, batch = cfg.train.micro_batch_size, cfg.train.global_batch_size
+    if micro is not None and (micro < 1 or batch % micro):
+        near = [d for d in _divisors(batch) if d <= max(1, micro)][-1]
+        yield Problem("train.micro_batch_size", f"must divide train.global_batch_size={batch}", f"use {near}")
+
+
+def _saving(cfg: Config) -> Iterator[Problem]:
+    for key, every in (
+        ("save.every_steps", cfg.save.every_steps),
+        ("save.every_minutes", cfg.save.every_minutes),
+        ("eval.every_steps", cfg.eval.every_steps),
+    ):
+        if every is not None and every <= 0:
+            yield Problem(key, "must be above 0", "use null for never")
+
+
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _vision_heads, _text_heads, _patches, _rope, _logit_scale, _vision_tp, _text_tp, _same_tp, _pipeline,
+    _task_sections, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
+    _micro_batch, _saving,
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+
+def _loop_teacher(cfg: LoopConfig) -> Iterator[Problem]:
+    if (cfg.teacher.checkpoint is None) == (cfg.teacher.stage is None):
+        yield Problem(
+            "teacher",
+            "must have exactly one of teacher.checkpoint and teacher.stage",
+            "name the run folder of a CLIP, or the recipe that trains one",
+        )
+
+
+def _loop_rounds(cfg: LoopConfig) -> Iterator[Problem]:
+    if not cfg.rounds:
+        yield Problem("rounds", "must hold at least one round", "add a round with name, distil and clip")
+    names = [r.name for r in cfg.rounds]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield Problem(f"rounds.{i}.name", "must differ from the other rounds' names", "rename it")
+
+
+LOOP_RULES: tuple[Callable[[LoopConfig], Iterator[Problem]], ...] = (_loop_teacher, _loop_rounds)
+
+
+def problems(cfg: _ConfigT, rules: Sequence[Callable[[_ConfigT], Iterator[Problem]]]) -> list[Problem]:
+    """Every broken rule of `cfg`, in the order of `rules`. `cfg` may be `load`'s partial view of a broken recipe."""
+    found: list[Problem] = []
+    for rule in rules:
+        try:
+            found.extend(rule(cfg))
+        except UnknownValue:
+            continue
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- run time
+
+
+def check_world(cfg: Config, world_size: int) -> None:
+    """Nothing; checks what depends on the number of processes, which no recipe states.
+
+    Args:
+        cfg: a loaded recipe.
+        world_size: processes of the run, all nodes together.
+
+    Raises:
+        ConfigError: the processes cannot be arranged, or the global batch cannot be dealt to them.
+    """
+
+    axes = cfg.parallel.vision
+    model_size = axes.tp * axes.pp
+    if world_size % model_size:
+        raise ConfigError(
+            f"{world_size} processes must be a multiple of parallel.vision.tp={axes.tp} x pp={axes.pp}; "
+            f"start {max(1, world_size // model_size) * model_size} processes or change parallel.vision.tp."
+        )
+    data_size = world_size // model_size
+    micro, batch = cfg.train.micro_batch_size or 1, cfg.train.global_batch_size
+    if batch % (data_size * micro):
+        near = max(1, batch // (data_size * micro)) * data_size * micro
+        raise ConfigError(
+            f"train.global_batch_size={batch} must be a multiple of the {data_size} data-parallel ranks "
+            f"({world_size} processes / tp {axes.tp}) x train.micro_batch_size={micro}; "
+            f"use {near} or {near + data_size * micro}."
+        )
