@@ -92,8 +92,8 @@ def _pair(embed_dim: int, vision: dict[str, Any], text: dict[str, Any]) -> dict[
 
 _G14 = _eva_layernorm(224, 14, 1408, 40, 16, 6144)
 _E14 = _eva_layernorm(224, 14, 1792, 64, 16, 15360, norm_position="post")
-# The demo's towers (../shared/emoji-pilot.md). The vocabulary is the subset that `megaeva data emoji`
-# writes (3,956 tokens: bytes, the captions' tokens and the merges that lead to them), padded; its longest caption has 17.
+# The demo's towers (../shared/emoji-pilot.md). The vocabulary is the subset that `megaeva data emoji` writes, padded:
+# 3,956 tokens (bytes, the captions' tokens and the merges that lead to them); its longest caption has 17.
 _DEMO_TEXT = {
     "context_length": 24,
     "vocab_size": 4096,

@@ -52,7 +52,11 @@ def prepare_folder(src: Path, out: Path, *, samples_per_shard: int = 1000) -> Su
 def _samples(src: Path, skipped: Counter[str]) -> Iterator[Sample]:
     root = src.resolve()
     number = 0
-    for folder, subfolders, files in os.walk(src):
+
+    def unreadable(_: OSError) -> None:
+        skipped["folder cannot be read"] += 1
+
+    for folder, subfolders, files in os.walk(src, onerror=unreadable):
         subfolders.sort()  # in place: the order of the walk
         skipped.update("linked folder, not entered" for name in subfolders if (Path(folder) / name).is_symlink())
         for name in sorted(files):

@@ -94,26 +94,30 @@ def data_folder(out: Path, *, kind: str) -> Iterator[Path]:
     `out` may be missing, empty, or a folder that this function made for the same `kind`, which is replaced.
 
     Raises:
-        DataError: `out` is something else; nothing is touched then.
+        DataError: `out` is something else, or the disk refuses; `out` is as before then.
     """
     out = Path(os.path.abspath(out))
     _refuse_foreign(out, kind)
     staging, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     try:
         staging.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be made ({error.strerror}); its parent must be a folder you can write to; choose another"
-        ) from error
-    try:
         yield staging
         assert (staging / INDEX_FILE).is_file(), "write_index marks the folder as ours"
         if out.exists():
             out.rename(old)
         staging.rename(out)
+    except BaseException as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        if isinstance(error, OSError):
+            raise DataError(
+                f"{out} cannot be written ({error}); it must be a path on a disk with space left, in a folder you can "
+                f"write to, and no mount point; nothing was changed, choose another path"
+            ) from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_foreign(out: Path, kind: str) -> None:
