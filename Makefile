@@ -58,7 +58,7 @@ cuda-check:
 	@mkdir -p build/cuda-check
 	@for source in csrc/*/*_cuda.cu; do for architecture in $(CUDA_ARCHITECTURES); do \
 	  echo "nvcc $$architecture $$source"; \
-	  $(NVCC) -std=c++20 -O3 -Werror all-warnings -arch=$$architecture -I csrc -c $$source \
+	  $(NVCC) -std=c++20 -O3 -Werror all-warnings -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -arch=$$architecture -I csrc -c $$source \
 	    -o build/cuda-check/$$(basename $$source .cu).$$architecture.o; done; done
 
 clean:

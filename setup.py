@@ -1,7 +1,7 @@
 """Metadata, extras, and the one native extension of megaeva.
 
-The extension is a plain shared library that registers its operators with TORCH_LIBRARY (no pybind), so it has no Python ABI
-and is loaded with torch.ops.load_library by megaeva/ops. MEGAEVA_BUILD chooses what is compiled:
+The extension is a plain shared library that registers its operators with TORCH_LIBRARY (no pybind): no Python ABI, and
+megaeva/ops loads it with torch.ops.load_library. MEGAEVA_BUILD chooses what is compiled:
 
     auto  (default) cuda with nvcc and a visible GPU, else cpu with a C++ compiler, else nothing, with one printed line
     cpu   CPU kernels; no compiler is an error
@@ -21,9 +21,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
 
-# Python decides the megatron-core version silently: 0.16 is the newest that 3.11 can install, while on 3.12 and later an
-# unpinned pip takes 0.19. The pin below holds everywhere, but only 3.11 with these versions is tested, and the tested
-# numpy no longer installs on 3.10. Widen the range together with a tested set in .ci/constraints.txt.
+# Python decides the megatron-core version silently: 0.16 is the newest that 3.11 can install, while on 3.12 and later
+# an unpinned pip takes 0.19. The pin below holds everywhere, but only 3.11 is tested, and the tested numpy no longer
+# installs on 3.10. Widen the range together with a tested set in .ci/constraints.txt.
 PYTHON_REQUIRES = ">=3.11,<3.12"
 
 # ~=0.16.1 is one minor version: the CPU shim in megaeva/parallel/platform.py patches symbols that move between minors.
@@ -75,7 +75,7 @@ def version() -> str:
     text = (ROOT / "megaeva" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
     if match is None:
-        raise SystemExit("megaeva/__init__.py has no line __version__ = \"...\"; add it.")
+        raise SystemExit('megaeva/__init__.py has no line __version__ = "..."; add it.')
     return match.group(1)
 
 
@@ -133,7 +133,7 @@ def extension_arguments() -> dict:
     sources = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc").glob("*/*_cpu.cpp")]
     # -fopenmp at compile time only: at::parallel_for then uses the OpenMP runtime torch has already loaded. Linking
     # the system's would give the process two thread pools that spin against each other.
-    flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     macros = []
     if target == "cuda":
         sources += [*(ROOT / "csrc").glob("*/*_cuda.cu"), *(ROOT / "csrc").glob("*/*_cuda_launch.cpp")]

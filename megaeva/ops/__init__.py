@@ -1,0 +1,35 @@
+"""Native operators, each beside its plain-PyTorch reference; this module loads the library of csrc/ once.
+
+Where the library is missing or has no kernel for the device, the reference runs, and one log line says so.
+"""
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY_PATH = Path(__file__).with_name("libmegaeva.so")
+BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
+
+_log = logging.getLogger("megaeva.ops")
+
+
+@cache
+def native_devices() -> frozenset[str]:
+    """Device types ("cpu", "cuda") the loaded library has kernels for; empty when it is missing or does not load.
+
+    The first call loads the library and, where it cannot, logs one line on rank 0 with the command that builds it.
+    """
+    try:
+        if not LIBRARY_PATH.exists():
+            raise FileNotFoundError(f"{LIBRARY_PATH} has not been built")
+        torch.ops.load_library(str(LIBRARY_PATH))
+        return frozenset(torch.ops.megaeva.built_for().split(","))
+    except (OSError, RuntimeError, AttributeError) as error:
+        # OSError is also what a library compiled against another torch gives (an undefined symbol).
+        if os.environ.get("RANK", "0") == "0":
+            reason = str(error).splitlines()[0]
+            _log.warning("plain-PyTorch references run instead of native operators: %s; %s", reason, BUILD_COMMAND)
+        return frozenset()

@@ -1,0 +1,21 @@
+"""What every test gets: one thread, and no GPU test without a GPU."""
+
+import os
+
+# Before torch is imported anywhere, and inherited by every process a test starts: ranks with a thread pool each would
+# spin against one another, and sums would depend on the number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
