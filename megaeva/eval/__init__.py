@@ -1,0 +1,1 @@
+"""What a trained CLIP can do without further training: zero-shot classification and image-text retrieval."""

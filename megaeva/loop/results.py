@@ -56,7 +56,7 @@ def print_results(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """Prints the rows of results.json as a table; shares in percent."""
     first = next(iter(rows.values()), {})
     title = f"retrieval: {first.get('retrieval_set', '-')} · zero-shot: {first.get('zero_shot_set', '-')}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))  # fits 80 columns
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     table.add_column("run", no_wrap=True, vertical="bottom")
     for title in ("param-\neters", "samples", "chain", *(title for _, title in _COLUMNS)):
         table.add_column(title, justify="right", no_wrap=True, vertical="bottom")

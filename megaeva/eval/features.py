@@ -1,0 +1,166 @@
+"""Features of an evaluation set: computed by all data ranks together, the same on each of them afterwards."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megaeva.data.transforms import MEAN, STD
+from megaeva.errors import DataError
+from megaeva.parallel.grid import Grid
+
+
+class Batch(Protocol):
+    """What `megaeva.data.loader.eval_batches` yields."""
+
+    image_BCHW: Tensor
+    token_BL: Tensor | None
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    metas: tuple[dict[str, Any], ...]
+
+
+class Model(Protocol):
+    """What is evaluated, see `megaeva.model.CLIPModel`."""
+
+    def encode_image(self, image_BCHW: Tensor) -> Tensor: ...
+    def encode_text(self, token_BL: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """An encoded set, sorted by sample key.
+
+    Attributes:
+        keys: sample keys.
+        captions, metas: caption and json of each sample.
+        image_XE: fp32 on the CPU, unnormalised.
+        text_XE: the same for the captions; None when they were not asked for.
+        pictures: what the model saw of a few samples, by key: uint8 [H, W, 3].
+    """
+
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    metas: tuple[dict[str, Any], ...]
+    image_XE: Tensor
+    text_XE: Tensor | None
+    pictures: dict[str, NDArray[np.uint8]]
+
+
+def encode_set(
+    model: Model, batches: Iterable[Batch], *, grid: Grid, device: torch.device, batch_size: int, num_pictures: int
+) -> Features:
+    """The features of the samples that all data ranks read together; all ranks call it and get the same.
+
+    Args:
+        model: both towers; evaluation mode is the caller's.
+        batches: this data rank's samples; each sample of the set is on exactly one data rank.
+        grid: the towers' grid.
+        device: where the model is.
+        batch_size: rows of every pass; a shorter batch is filled up, so that a sample's features do not depend on how
+            many ranks share the set.
+        num_pictures: samples whose picture is kept. They are the ones with the smallest hash of their key: a fixed,
+            unbiased choice.
+
+    Raises:
+        DataError: the set is empty. Any error of one rank is raised on all.
+    """
+    records: list[tuple[str, str, dict[str, Any]]] = []
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    error: Exception | None = None
+    try:
+        for batch in batches:
+            records += zip(batch.keys, batch.captions, batch.metas)
+            images.append(_encode(model.encode_image, batch.image_BCHW, device, batch_size))
+            if batch.token_BL is not None:
+                texts.append(_encode(model.encode_text, batch.token_BL, device, batch_size))
+            _keep_pictures(pictures, batch, num_pictures)
+    except Exception as caught:
+        error = caught
+    share = {
+        "records": records,
+        "image_XE": torch.cat(images) if images else None,
+        "text_XE": torch.cat(texts) if texts else None,
+        "pictures": pictures,
+    }
+    shares = gather_shares(share, error, grid)
+    records = [record for share in shares for record in share["records"]]
+    if not records:
+        raise DataError(
+            "the evaluation set has no readable sample.\n"
+            "Its shards must hold images (jpg, png or webp); check eval.retrieval and eval.zero_shot in the recipe."
+        )
+    order = sorted(range(len(records)), key=lambda i: records[i][:2])
+    image_XE = torch.cat([s["image_XE"] for s in shares if s["image_XE"] is not None])[order]
+    text_shares = [s["text_XE"] for s in shares if s["text_XE"] is not None]
+    kept = {key: picture for s in shares for key, picture in s["pictures"].items()}
+    return Features(
+        keys=tuple(records[i][0] for i in order),
+        captions=tuple(records[i][1] for i in order),
+        metas=tuple(records[i][2] for i in order),
+        image_XE=image_XE,
+        text_XE=torch.cat(text_shares)[order] if text_shares else None,
+        pictures={key: kept[key] for key in sorted(kept, key=_hash)[:num_pictures]},
+    )
+
+
+def encode_texts(
+    model: Model, tokenizer: Any, texts: Sequence[str], *, device: torch.device, batch_size: int
+) -> Tensor:
+    """Features of some texts on this rank, [texts, E] fp32 on the CPU, in passes of `batch_size` rows."""
+    parts = [
+        _encode(model.encode_text, tokenizer(list(texts[start : start + batch_size])), device, batch_size)
+        for start in range(0, len(texts), batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def gather_shares(share: Any, error: Exception | None, grid: Grid) -> list[Any]:
+    """What every data rank has, in rank order, on each of them; an error of one rank is raised on all.
+
+    All data ranks call it. Shares are pickled between our own processes.
+    """
+    shares: list[Any] = [(share, error and f"{type(error).__name__}: {error}")]
+    if grid.dp_size > 1:
+        mine, shares = shares[0], [None] * grid.dp_size
+        dist.all_gather_object(shares, mine, group=grid.groups.dp)
+    if error is not None:
+        raise error
+    for rank, (_, text) in enumerate(shares):
+        if text:
+            raise DataError(f"data rank {rank} failed while evaluating: {text}")
+    return [share for share, _ in shares]
+
+
+def _encode(tower: Any, input_BX: Tensor, device: torch.device, batch_size: int) -> Tensor:
+    num_rows = len(input_BX)
+    filled = torch.cat([input_BX, input_BX[-1:].expand(max(0, batch_size - num_rows), *input_BX.shape[1:])])
+    with torch.no_grad():
+        feature_BE: Tensor = tower(filled.to(device))
+    return feature_BE[:num_rows].float().cpu()
+
+
+def _keep_pictures(pictures: dict[str, NDArray[np.uint8]], batch: Batch, num_pictures: int) -> None:
+    """Adds this batch's pictures and drops all but the `num_pictures` with the smallest hash."""
+    if num_pictures == 0:
+        return
+    kept = set(sorted([*pictures, *batch.keys], key=_hash)[:num_pictures])
+    for key in [key for key in pictures if key not in kept]:
+        del pictures[key]
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    for image_CHW, key in zip(batch.image_BCHW, batch.keys):
+        if key in kept:
+            pixel_CHW = ((image_CHW.cpu().float() * std + mean) * 255).round().clamp(0, 255)
+            pictures[key] = pixel_CHW.byte().permute(1, 2, 0).numpy()
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
