@@ -1,0 +1,75 @@
+"""Two towers and a temperature."""
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megaeva.config.schema import LogitScaleSection, ModelSection
+from megaeva.model.attributes import mark_rest_replicated
+from megaeva.model.layer_specs import LayerSpec, Precision
+from megaeva.model.text_tower import TextTower
+from megaeva.model.vision_tower import VisionTower
+from megaeva.parallel.grid import Grid
+
+
+class LogitScale(MegatronModule):
+    """The inverse temperature's logarithm, one fp32 parameter `log_scale`, replicated everywhere."""
+
+    def __init__(self, cfg: LogitScaleSection, *, device: torch.device | str = "cpu") -> None:
+        """Builds it at cfg.init; without gradient where cfg.trainable is false."""
+        # mcore's DDP and optimizer ask every module for a config; the sizes mean nothing here.
+        super().__init__(TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1, cuda_graph_scope=[]))
+        self.cfg = cfg
+        self.log_scale = nn.Parameter(torch.full((), cfg.init, device=device), requires_grad=cfg.trainable)
+        mark_rest_replicated(self)
+
+    def forward(self) -> Tensor:
+        """Returns the 0-dim fp32 log scale; logits are exp of it times the cosine."""
+        return self.log_scale
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamps to [0, cfg.max]; called after each optimizer step. Source: EVA-CLIP training/train.py."""
+        self.log_scale.clamp_(0.0, self.cfg.max)
+
+
+class CLIPModel(nn.Module):
+    """The towers of a contrastive run, each on its own grid."""
+
+    def __init__(self, vision: VisionTower, text: TextTower, scale: LogitScale) -> None:
+        """Holds the three; they stay usable apart."""
+        super().__init__()
+        self.vision, self.text, self.scale = vision, text, scale
+
+    def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Returns image_BE, not normalised."""
+        image_BE: Tensor = self.vision(image_BCHW, keep_BK)
+        return image_BE
+
+    def encode_text(self, token_BL: Tensor) -> Tensor:
+        """Returns text_BE, not normalised."""
+        text_BE: Tensor = self.text(token_BL)
+        return text_BE
+
+
+def build_clip(
+    cfg: ModelSection,
+    *,
+    vision_grid: Grid,
+    text_grid: Grid,
+    precision: Precision = "fp32",
+    layer_spec: LayerSpec = "local",
+    device: torch.device | str = "cpu",
+) -> CLIPModel:
+    """Returns the model with uninitialised tower weights (`init_weights` or a checkpoint fills them).
+
+    All ranks must call it. The logit scale is fp32 whatever the precision.
+    """
+    vision = VisionTower(
+        cfg.vision, cfg.embed_dim, grid=vision_grid, precision=precision, layer_spec=layer_spec, device=device
+    )
+    text = TextTower(
+        cfg.text, cfg.embed_dim, grid=text_grid, precision=precision, layer_spec=layer_spec, device=device
+    )
+    return CLIPModel(vision, text, LogitScale(cfg.logit_scale, device=device))

@@ -1,0 +1,142 @@
+"""Fresh weights, the same for every topology."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megaeva.config.schema import VisionSection
+from megaeva.model.clip_model import LogitScale
+from megaeva.model.mim_student import MIMStudent
+from megaeva.model.text_tower import TextTower
+from megaeva.model.vision_tower import VisionTower
+from megaeva.parallel.grid import Grid
+from megaeva.parallel.shards import full_shape, slice_full
+
+Task = Literal["mim", "contrastive"]
+# (hidden size, number of layers, number of the parameter's layer from 1) -> standard deviation
+Deviation = Callable[[int, int, int], float]
+
+
+def _constant(value: float) -> Deviation:
+    return lambda width, layers, layer: value
+
+
+def _eva_out(width: int, layers: int, layer: int) -> float:
+    return 0.02 / math.sqrt(2 * layer)
+
+
+def _clip_in(width: int, layers: int, layer: int) -> float:
+    return width**-0.5
+
+
+def _clip_out(width: int, layers: int, layer: int) -> float:
+    return width**-0.5 * (2 * layers) ** -0.5
+
+
+def _clip_fc1(width: int, layers: int, layer: int) -> float:
+    return (2 * width) ** -0.5
+
+
+# First match of the name within its tower decides; what no row matches is an error. Biases and norms come before.
+# A norm's weight is 1. All draws are normal, cut at +-2 (timm's trunc_normal_, in practice uncut at these deviations).
+#
+# EVA: BEiT's scheme, attn.proj and the last MLP projection rescaled by depth (asuka/modeling_pretrain.py).
+# EVA-CLIP scales a fresh head by 0.001 (facts.md 4c). The loss normalises embeddings, so the forward pass does not feel
+# it, but the head's gradient is 1000 times larger: with a clipped global norm the whole tower then stands still until the
+# head has grown, and Adam remembers that gradient for 1 / (1 - beta2) steps. Upstream pays that once in 50,000 steps, at
+# the end of a LAMB warm-up from pretrained towers; the demo has 500 steps. So the row says 0.02, and the factor is
+# `head_scale` of `init_weights`, 1 unless a recipe reproduces upstream.
+_EVA_VISION: tuple[tuple[str, Deviation], ...] = (
+    (r"pos_embed|cls_token|mask_token|patch_embed\.weight", _constant(0.02)),
+    (r"self_attention\.linear_proj\.weight|mlp\.linear_fc2\.weight", _eva_out),
+    (r"self_attention\.linear_qkv\.weight|mlp\.linear_fc1\.weight", _constant(0.02)),
+    (r"head\.weight|lm_head\.weight", _constant(0.02)),
+)
+# OpenAI and open_clip draw the embeddings and the projection with width^-0.5 and leave the vision blocks to PyTorch's
+# defaults; their text scheme, written for the same blocks, is used for both towers here.
+_CLIP_BLOCKS: tuple[tuple[str, Deviation], ...] = (
+    (r"self_attention\.linear_qkv\.weight", _clip_in),
+    (r"self_attention\.linear_proj\.weight|mlp\.linear_fc2\.weight", _clip_out),
+    (r"mlp\.linear_fc1\.weight", _clip_fc1),
+    (r"head\.weight|lm_head\.weight", _clip_in),
+)
+_CLIP_VISION: tuple[tuple[str, Deviation], ...] = (
+    (r"pos_embed|cls_token", _clip_in),
+    (r"mask_token|patch_embed\.weight", _constant(0.02)),
+    *_CLIP_BLOCKS,
+)
+_TEXT: tuple[tuple[str, Deviation], ...] = (
+    (r"token_embedding\.weight", _constant(0.02)),
+    (r"pos_embed", _constant(0.01)),
+    *_CLIP_BLOCKS,
+)
+_NORM = re.compile(r"(layernorm|norm|ln_pre)\.(weight|bias)$")
+_POST_NORM = re.compile(r"post_(attention|mlp)_layernorm\.(weight|bias)$")
+
+
+def _draw(shape: torch.Size, deviation: float, seed: int, key: str) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return nn.init.trunc_normal_(torch.empty(shape), std=deviation, generator=generator)
+
+
+def _full_value(
+    name: str, shape: torch.Size, tower: VisionTower | TextTower, task: Task, seed: int, head_scale: float
+) -> Tensor:
+    section = tower.cfg
+    is_vision = isinstance(section, VisionSection)
+    if _POST_NORM.search(name) and task == "mim":
+        # EVA's res-post-norm starts distillation as the identity (_reinit_respostnorm_ln in asuka).
+        return torch.zeros(shape)
+    if _NORM.search(name):
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    table = _TEXT
+    if isinstance(section, VisionSection):
+        table = _CLIP_VISION if section.ln_pre else _EVA_VISION
+    for pattern, deviation in table:
+        if re.search(rf"(^|\.)({pattern})$", name):
+            layer = re.search(r"layers\.(\d+)\.", name)
+            std = deviation(section.hidden_size, section.num_layers, int(layer[1]) + 1 if layer else 0)
+            value = _draw(shape, std, seed, f"{'vision' if is_vision else 'text'}/{name}")
+            return value * head_scale if name == "head.weight" else value
+    raise AssertionError(f"no row of the initialisation table matches {name}; add one")
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, *, seed: int, task: Task, grid: Grid, head_scale: float = 1.0) -> None:
+    """Fills every parameter of the towers inside `module` (a tower, a student, or a CLIPModel).
+
+    Each tensor is drawn full-size on the CPU in fp32 from a generator seeded by (seed, tower, name) and then cut: the same
+    weights for every tp, whichever module holds the tower. A logit scale keeps its constructor's value.
+
+    Args:
+        grid: of the towers in `module`; for a CLIPModel with two grids call it on each tower.
+        task: "mim" starts post-norm layers as the identity.
+        head_scale: multiplies fresh head weights; EVA-CLIP uses 0.001, see the table.
+
+    Raises:
+        AssertionError: a parameter that no row of the tables explains.
+    """
+    students = [m for m in module.modules() if isinstance(m, MIMStudent)]
+    owners: list[tuple[VisionTower | TextTower, nn.Module]] = [
+        (m, m) for m in module.modules() if isinstance(m, VisionTower | TextTower)
+    ]
+    owners += [(student.vision, student) for student in students]
+    done: set[nn.Parameter] = set()
+    for tower, owner in owners:
+        for name, param in owner.named_parameters():
+            if param in done:
+                continue
+            done.add(param)
+            full = _full_value(name, full_shape(param, grid.tp_size), tower, task, seed, head_scale)
+            param.copy_(slice_full(full, param, grid.tp_rank, grid.tp_size))
+    done.update(p for m in module.modules() if isinstance(m, LogitScale) for p in m.parameters())
+    rest = [name for name, param in module.named_parameters() if param not in done]
+    assert not rest, f"parameters of no known tower: {rest}"

@@ -1,0 +1,149 @@
+"""From a recipe's tower section to Megatron-core's config and specs; the only place that knows Transformer Engine."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from megaeva.config.schema import TextSection, VisionSection
+from megaeva.model.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
+from megaeva.model.attributes import mark_sharded
+from megaeva.model.layer import PostNormLayer, PreNormLayer
+from megaeva.model.linear import ColumnLinear, RowLinear
+from megaeva.model.mlp import MLP, MLPSubmodules
+from megaeva.model.norm import Norm, ShardedNorm
+from megaeva.parallel.grid import Grid
+from megaeva.parallel.platform import require_transformer_engine
+
+Precision = Literal["fp32", "bf16"]
+LayerSpec = Literal["local", "te"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Linears and norm of a layer spec."""
+
+    column: type
+    row: type
+    norm: type
+
+
+def parts(layer_spec: LayerSpec) -> Parts:
+    """Returns plain PyTorch parts ("local") or Transformer Engine's ("te", CUDA only).
+
+    Raises:
+        UserError: "te" without a working Transformer Engine.
+    """
+    if layer_spec == "local":
+        return Parts(ColumnLinear, RowLinear, Norm)
+    require_transformer_engine()
+    from megatron.core.extensions.transformer_engine import (  # only here: it needs CUDA
+        TEColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    class TransformerEngineColumn(TEColumnParallelLinear):
+        """TE's column linear with this project's calling convention."""
+
+        def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+            shared = {"gather_output": False, "skip_bias_add": False, "is_expert": False}
+            super().__init__(*args, **shared, **kwargs)
+            mark_sharded(self.weight, 0, stride)
+            if kwargs["bias"]:
+                mark_sharded(self.bias, 0, stride)
+
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = super().forward(x)[0]
+            return out if bias is None else out + bias
+
+    class TransformerEngineRow(TERowParallelLinear):
+        """TE's row linear with this project's calling convention."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            shared = {"input_is_parallel": True, "skip_bias_add": False, "is_expert": False}
+            super().__init__(*args, **shared, **kwargs)
+            mark_sharded(self.weight, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)[0]
+            return out
+
+    return Parts(TransformerEngineColumn, TransformerEngineRow, TENorm)
+
+
+def tower_config(
+    section: VisionSection | TextSection, grid: Grid, precision: Precision, layer_spec: LayerSpec
+) -> TransformerConfig:
+    """Returns Megatron-core's config of a tower: sizes, parallel axes, dtype; all dropout and fusion off."""
+    dtype = _DTYPES[precision]
+    norm = section.norm if isinstance(section, VisionSection) else "layernorm"
+    gated = section.activation == "swiglu"
+    return TransformerConfig(
+        num_layers=section.num_layers,
+        hidden_size=section.hidden_size,
+        num_attention_heads=section.num_heads,
+        ffn_hidden_size=section.ffn_hidden_size,
+        kv_channels=section.hidden_size // section.num_heads,
+        normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[norm],
+        layernorm_epsilon=section.norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gated_linear_unit=gated,
+        activation_func=F.silu if gated else F.gelu,
+        bias_activation_fusion=False,
+        tensor_model_parallel_size=grid.tp_size,
+        pipeline_model_parallel_size=grid.pp_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=precision == "bf16",
+        cuda_graph_scope=[],  # the default's deprecated spelling warns in every process
+        # "CPU initialisation" only leaves the device to torch.device(...) around the constructor; init.py sets weights.
+        use_cpu_initialization=layer_spec == "local",
+        perform_initialization=False,
+    )
+
+
+def block_spec(section: VisionSection | TextSection, grid: Grid, layer_spec: LayerSpec) -> TransformerBlockSubmodules:
+    """Returns the layers of this pipeline stage, without a final norm (the towers have their own)."""
+    part = parts(layer_spec)
+    vision = section if isinstance(section, VisionSection) else None
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"qkv_bias": vision.qkv_bias if vision else "qkv"},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=part.column,
+            core_attention=ModuleSpec(module=CoreAttention, params={"causal": vision is None}),
+            linear_proj=part.row,
+            inner_norm=ShardedNorm if vision and vision.sub_ln_attention else None,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        params={"activation": section.activation},
+        submodules=MLPSubmodules(
+            linear_fc1=part.column,
+            linear_fc2=part.row,
+            inner_norm=ShardedNorm if vision and vision.sub_ln_mlp else None,
+        ),
+    )
+    layer = ModuleSpec(
+        module=PostNormLayer if vision and vision.norm_position == "post" else PreNormLayer,
+        params={"drop_path": vision.drop_path if vision else 0.0},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=part.norm,
+            self_attention=attention,
+            pre_mlp_layernorm=part.norm,
+            mlp=mlp,
+            cross_attention=IdentityOp,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * (section.num_layers // grid.pp_size))

@@ -1,0 +1,47 @@
+"""Megatron-core's parallel linears, with a bias given from outside and no detours on a single rank."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from megaeva.model.attributes import mark_sharded
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Linear whose output features are cut over tp. `stride` 2: the weight is a gated [w1; w2]."""
+
+    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, stride=stride, **kwargs)
+        # mcore marks a weight only while it initialises it; ours are initialised by init.py.
+        mark_sharded(self.weight, 0, stride)
+        self._alone = self.tp_group is None or self.tp_group.size() == 1
+
+    def forward(self, input_: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Returns this rank's features of x W^T + bias; `bias` (this rank's piece) stands in for an own one."""
+        bias = self.bias if bias is None else bias
+        if self._alone and not self.gradient_accumulation_fusion:
+            # One addmm where mcore's autograd function multiplies, adds, and sums the bias gradient apart.
+            return F.linear(input_, self.weight, bias)
+        output = super().forward(input_)[0]
+        return output if bias is None or self.bias is not None else output + bias
+
+
+class RowLinear(RowParallelLinear):
+    """Linear whose input features are cut over tp; the output is summed over tp, its bias added once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, input_is_parallel=True, skip_bias_add=False, **kwargs)
+        mark_sharded(self.weight, 1)
+        self._alone = self.tp_group is None or self.tp_group.size() == 1
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Returns x W^T + bias, the same on all tp ranks."""
+        if self._alone and not self.gradient_accumulation_fusion:
+            return F.linear(input_, self.weight, self.bias)
+        return super().forward(input_)[0]
+
+
+def no_init(weight: nn.Parameter) -> None:
+    """mcore asks for an initialiser; init.py sets all weights, independent of the topology."""

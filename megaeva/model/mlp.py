@@ -1,0 +1,83 @@
+"""The feed-forward part of a layer: GELU, QuickGELU, or SwiGLU with a norm before the second projection."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaeva.model.linear import no_init
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Returns x * sigmoid(1.702 x), OpenAI's approximation; written as one SiLU, whose backward is fused."""
+    return F.silu(1.702 * x) * (1 / 1.702)
+
+
+# gelu is the exact erf form: mcore's fused bias-GELU is the tanh approximation and stays off.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "swiglu": F.silu}
+
+
+@dataclass
+class MLPSubmodules:
+    """Parts of `MLP`.
+
+    Attributes:
+        inner_norm: sub-LN before linear_fc2; None: none.
+    """
+
+    linear_fc1: type | ModuleSpec
+    linear_fc2: type | ModuleSpec
+    inner_norm: type | ModuleSpec | None = None
+
+
+class MLP(MegatronModule):
+    """fc2(norm(act(fc1 x))), its hidden features cut over tp.
+
+    swiglu: fc1 is [w1; w2] (each cut over tp, then joined on the rank) and the hidden is silu(w1 x) * (w2 x).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        activation: Literal["gelu", "quick_gelu", "swiglu"],
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config)
+        self.activation = _ACTIVATIONS[activation]
+        self.gated = activation == "swiglu"
+        width = config.ffn_hidden_size
+        shared = {"config": config, "init_method": no_init, "bias": True, "tp_group": pg_collection.tp}
+        gates = 2 if self.gated else 1
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1, config.hidden_size, gates * width, stride=gates, **shared
+        )
+        self.inner_norm = None
+        if submodules.inner_norm is not None:
+            self.inner_norm = build_module(
+                submodules.inner_norm,
+                config=config,
+                hidden_size=width,
+                eps=config.layernorm_epsilon,
+                pg_collection=pg_collection,
+            )
+        self.linear_fc2 = build_module(submodules.linear_fc2, width, config.hidden_size, **shared)
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        """Returns [S, B, D], the same on all tp ranks; all must call it."""
+        inner = self.linear_fc1(hidden_SBD)
+        if self.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        if self.inner_norm is not None:
+            inner = self.inner_norm(inner)
+        out: Tensor = self.linear_fc2(inner)
+        return out
