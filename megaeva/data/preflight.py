@@ -1,0 +1,74 @@
+"""A look at the first shard before anything expensive starts."""
+
+from collections import Counter
+from itertools import islice
+
+from megaeva.config.schema import Config
+from megaeva.data.builder import check_enough_shards, read_caption
+from megaeva.data.decode_pillow import BrokenImage, open_image
+from megaeva.data.shards import IMAGE_EXTENSIONS, RawSample, expand_shards, read_shard
+from megaeva.errors import DataError
+
+_NUM_SAMPLES = 64
+_CAPTION_LENGTH = 80  # characters shown
+
+
+def preflight(cfg: Config, data_size: int) -> str:
+    """Two lines on the training data: shards and what the first one holds; one usable sample.
+
+    Opens the first shard and reads at most 64 of its samples, headers only. One rank is enough to call it.
+
+    Raises:
+        DataError: a shard is missing or empty, there are fewer than workers, or none of these samples can be used for
+            the task; then the counts by reason and the members found are named.
+    """
+    paths = expand_shards(cfg.data.train)
+    check_enough_shards(cfg, len(paths), data_size)
+    reasons: Counter[str] = Counter()
+    first_bad: dict[str, str] = {}
+    usable: list[tuple[RawSample, int, int, str]] = []
+    extensions: Counter[str] = Counter()
+    for sample in islice(read_shard(paths[0]), _NUM_SAMPLES):
+        extensions.update(sample.files.keys())
+        try:
+            usable.append(_look_at(sample, cfg))
+        except BrokenImage as error:
+            reasons[str(error)] += 1
+            first_bad.setdefault(str(error), sample.name)
+    counts = ", ".join(f"{n} {reason} (first: {first_bad[reason]})" for reason, n in reasons.most_common())
+    found = ", ".join(f"{extension} x {n}" for extension, n in extensions.most_common()) or "none that are known"
+    if not usable:
+        wanted = f"an image ({', '.join(IMAGE_EXTENSIONS)})" + (" and a txt caption" if _needs_caption(cfg) else "")
+        raise DataError(
+            f"shard {paths[0]}: none of its first {reasons.total()} samples can be used: {counts}; members: {found}; "
+            f"each sample must have {wanted} side by side under the same key; pack them again, e.g. with "
+            "`megaeva data folder IN OUT`"
+        )
+    sample, width, height, caption = usable[0]
+    lines = [
+        f"data: {len(paths)} shards, first {paths[0]}; members: {found}; "
+        + (f"of {len(usable) + reasons.total()} samples broken: {counts}" if reasons else "no broken sample"),
+        f"      {sample.name}: {width} x {height} pixels, {_shorten(caption)}",
+    ]
+    return "\n".join(lines)
+
+
+def _needs_caption(cfg: Config) -> bool:
+    return cfg.task == "contrastive"
+
+
+def _look_at(sample: RawSample, cfg: Config) -> tuple[RawSample, int, int, str]:
+    if sample.problem is not None:
+        raise BrokenImage(sample.problem)
+    if sample.image is None:
+        raise BrokenImage("missing_image")
+    if _needs_caption(cfg):
+        caption = repr(read_caption(sample))
+    else:
+        caption = "captions are not used"
+    width, height = open_image(sample.image, cfg.data.max_image_pixels).header.size
+    return sample, width, height, caption
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _CAPTION_LENGTH else text[: _CAPTION_LENGTH - 1] + "…"
