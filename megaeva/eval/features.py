@@ -11,19 +11,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megaeva.data.evaluation import EvalBatch
 from megaeva.data.transforms import MEAN, STD
 from megaeva.errors import DataError
 from megaeva.parallel.grid import Grid
-
-
-class Batch(Protocol):
-    """What `megaeva.data.loader.eval_batches` yields."""
-
-    image_BCHW: Tensor
-    token_BL: Tensor | None
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
-    metas: tuple[dict[str, Any], ...]
 
 
 class Model(Protocol):
@@ -35,7 +26,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """An encoded set, sorted by sample key.
+    """An encoded set, in the order of its shards.
 
     Attributes:
         keys: sample keys.
@@ -54,7 +45,7 @@ class Features:
 
 
 def encode_set(
-    model: Model, batches: Iterable[Batch], *, grid: Grid, device: torch.device, batch_size: int, num_pictures: int
+    model: Model, batches: Iterable[EvalBatch], *, grid: Grid, device: torch.device, batch_size: int, num_pictures: int
 ) -> Features:
     """The features of the samples that all data ranks read together; all ranks call it and get the same.
 
@@ -71,14 +62,14 @@ def encode_set(
     Raises:
         DataError: the set is empty. Any error of one rank is raised on all.
     """
-    records: list[tuple[str, str, dict[str, Any]]] = []
+    records: list[tuple[int, str, str, dict[str, Any]]] = []
     images: list[Tensor] = []
     texts: list[Tensor] = []
     pictures: dict[str, NDArray[np.uint8]] = {}
     error: Exception | None = None
     try:
         for batch in batches:
-            records += zip(batch.keys, batch.captions, batch.metas)
+            records += zip(batch.indices, batch.keys, batch.captions, batch.metas)
             images.append(_encode(model.encode_image, batch.image_BCHW, device, batch_size))
             if batch.token_BL is not None:
                 texts.append(_encode(model.encode_text, batch.token_BL, device, batch_size))
@@ -98,14 +89,14 @@ def encode_set(
             "the evaluation set has no readable sample.\n"
             "Its shards must hold images (jpg, png or webp); check eval.retrieval and eval.zero_shot in the recipe."
         )
-    order = sorted(range(len(records)), key=lambda i: records[i][:2])
+    order = sorted(range(len(records)), key=lambda i: records[i][0])
     image_XE = torch.cat([s["image_XE"] for s in shares if s["image_XE"] is not None])[order]
     text_shares = [s["text_XE"] for s in shares if s["text_XE"] is not None]
     kept = {key: picture for s in shares for key, picture in s["pictures"].items()}
     return Features(
-        keys=tuple(records[i][0] for i in order),
-        captions=tuple(records[i][1] for i in order),
-        metas=tuple(records[i][2] for i in order),
+        keys=tuple(records[i][1] for i in order),
+        captions=tuple(records[i][2] for i in order),
+        metas=tuple(records[i][3] for i in order),
         image_XE=image_XE,
         text_XE=torch.cat(text_shares)[order] if text_shares else None,
         pictures={key: kept[key] for key in sorted(kept, key=_hash)[:num_pictures]},
@@ -148,7 +139,7 @@ def _encode(tower: Any, input_BX: Tensor, device: torch.device, batch_size: int)
     return feature_BE[:num_rows].float().cpu()
 
 
-def _keep_pictures(pictures: dict[str, NDArray[np.uint8]], batch: Batch, num_pictures: int) -> None:
+def _keep_pictures(pictures: dict[str, NDArray[np.uint8]], batch: EvalBatch, num_pictures: int) -> None:
     """Adds this batch's pictures and drops all but the `num_pictures` with the smallest hash."""
     if num_pictures == 0:
         return

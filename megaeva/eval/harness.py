@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaeva.config.schema import Config, RetrievalSection, ZeroShotSection
-from megaeva.data.loader import eval_batches
+from megaeva.data.evaluation import eval_batches
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError
 from megaeva.eval.features import Features, encode_set, encode_texts, gather_shares
@@ -23,8 +23,8 @@ def evaluate(
     """The figures of every set in `cfg.eval`, as shares of 1: set name -> metric -> value.
 
     `retrieval/<name>`: image_to_text_r1, _r5, _r10, text_to_image_r1, _r5, _r10, mean_recall (`eval.retrieval`).
-    `zero_shot/<name>`: top1, top5 (`eval.zero_shot`). Data ranks share the images; features are gathered, sorted by
-    sample key and scored in fp32, so that the figures are the same on every rank and for any number of ranks.
+    `zero_shot/<name>`: top1, top5 (`eval.zero_shot`). Data ranks share the images; features are gathered, put in the
+    order of the shards and scored in fp32, so the figures are the same on every rank and for any number of ranks.
 
     All ranks call it. The model is put in evaluation mode for the time, no gradient is kept.
 
@@ -130,6 +130,8 @@ def _encode(
         data_size=grid.dp_size,
         tokenizer=tokenizer,
         decoder=cfg.data.decoder,
+        platform=cfg.platform,
+        max_image_pixels=cfg.data.max_image_pixels,
     )
     return encode_set(
         model, batches, grid=grid, device=device, batch_size=cfg.eval.batch_size, num_pictures=num_pictures

@@ -1,27 +1,16 @@
 """Encoding a set: order, filling up of short batches, the choice of pictures."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
+from megaeva.data.evaluation import EvalBatch
 from megaeva.errors import DataError
 from megaeva.eval.features import encode_set
 from megaeva.eval.predictions import predict
 from megaeva.parallel.grid import grid_of_one
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class FakeBatch:
-    image_BCHW: Tensor
-    token_BL: Tensor | None
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
-    metas: tuple[dict[str, Any], ...]
 
 
 class FakeModel:
@@ -39,17 +28,18 @@ class FakeModel:
         return token_BL[:, :3].float()
 
 
-def _batches(size: int, total: int = 10) -> list[FakeBatch]:
+def _batches(size: int, total: int = 10) -> list[EvalBatch]:
     generator = torch.Generator().manual_seed(0)
     image_XCHW = torch.randn(total, 3, 4, 4, generator=generator)
     order = torch.randperm(total, generator=generator).tolist()
     return [
-        FakeBatch(
+        EvalBatch(
             image_XCHW[part],
             torch.tensor([[i, 1, 2, 0] for i in part]),
             tuple(f"s/{i:03d}" for i in part),
             tuple(f"caption {i}" for i in part),
             tuple({"name": i} for i in part),
+            tuple(part),
         )
         for part in (order[i : i + size] for i in range(0, total, size))
     ]
@@ -61,7 +51,7 @@ def _encode(size: int, model: FakeModel | None = None, num_pictures: int = 0):
     )
 
 
-def test_result_is_sorted_by_key_and_independent_of_the_batches() -> None:
+def test_result_is_in_the_order_of_the_set_and_independent_of_the_batches() -> None:
     first, second = _encode(4), _encode(3)
     assert first.keys == tuple(f"s/{i:03d}" for i in range(10))
     assert first.captions[7] == "caption 7"

@@ -1,0 +1,112 @@
+"""torchrun -m megaeva.eval.run RUN_DIR [--output FOLDER] [key.path=value ...]
+
+Measures a trained CLIP on the sets of its own recipe, or on others given as `eval.retrieval.NAME.shards=[...]`. Works
+alone or under torchrun, with any number of processes. Exit codes: 0, or 2 for a mistake (explained on stderr).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaeva.errors import CheckpointError, ConfigError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes eval.json and predictions.json, prints the figures, returns the exit code. Every rank of a job calls it.
+
+    `RUN_DIR` is a run folder (its newest checkpoint) or one checkpoint in it. `--output` defaults to the run folder.
+    """
+    parser = argparse.ArgumentParser(prog="python -m megaeva.eval.run", allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path, help="run folder of a contrastive run, or one checkpoint of it")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the run's recipe")
+    parser.add_argument("--output", type=Path, help="folder of eval.json and predictions.json; default: the run folder")
+    options = parser.parse_intermixed_args(argv)
+    try:
+        evaluate_run(options.run_dir, options.overrides, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = None) -> dict[str, dict[str, float]]:
+    """The figures of `megaeva.eval.harness.evaluate`, also written to `<output>/eval.json`. All ranks call it.
+
+    Raises:
+        UserError: the folder is not of a contrastive run, names no set, or cannot be read.
+    """
+    from megaeva.config import load
+
+    home = run_folder(run_dir)
+    cfg = load(home / "config.yaml", overrides)
+    if cfg.task != "contrastive":
+        raise ConfigError(
+            f"{run_dir} is a run of task={cfg.task}.\n"
+            f"Only a CLIP, with both towers, can be measured; name the run folder of a contrastive run."
+        )
+    if not cfg.eval.retrieval and not cfg.eval.zero_shot:
+        raise ConfigError(
+            f"the recipe of {run_dir} names no evaluation set.\n"
+            f"There must be at least one; add e.g. eval.retrieval.heldout.shards='[data/emoji/heldout/*.tar]'."
+        )
+    # Imported here: mistakes above are told before torch and Megatron-core are loaded.
+    from megaeva.checkpoint.weights import load_weights
+    from megaeva.eval.harness import evaluate
+    from megaeva.model import build_clip
+    from megaeva.parallel.grid import build_grid
+    from megaeva.parallel.runtime import start, stop
+
+    runtime = start(cfg.platform)
+    try:
+        grid = build_grid(cfg.parallel.vision, runtime)
+        model = build_clip(
+            cfg.model,
+            vision_grid=grid,
+            text_grid=grid,
+            precision=cfg.train.precision,
+            layer_spec=runtime.layer_spec,
+            device=runtime.device,
+        )
+        load_weights(run_dir, {"vision": model.vision, "text": model.text, "scale": model.scale}, grid)
+        folder = output or home
+        results = evaluate(model, cfg, grid=grid, device=runtime.device, predictions=folder / "predictions.json")
+        if runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(format_results(results), flush=True)
+        return results
+    finally:
+        stop()
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that a path means: itself, or the one around a checkpoint.
+
+    Raises:
+        CheckpointError: there is no config.yaml at or above it.
+    """
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise CheckpointError(
+        f"{path} has no config.yaml.\n"
+        f"It must be the run folder of a training run, or a checkpoint in one; check the path."
+    )
+
+
+def format_results(results: dict[str, dict[str, float]]) -> str:
+    """One line for each set: `retrieval/heldout  image_to_text_r1 51.6  ...`, in percent."""
+    width = max(map(len, results), default=0)
+    lines = []
+    for name, values in results.items():
+        cells = "  ".join(f"{metric} {100 * value:.1f}" for metric, value in values.items())
+        lines.append(f"{name:<{width}}  {cells}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    sys.exit(record(main)())
