@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+IS_PYTHON_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in python3.11 python3 python; do $$p $(IS_PYTHON_311) && echo $$p && exit; done; echo python3.11)
 CONSTRAINTS := .ci/constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 # What the editable install depends on: requirements, and everything that is compiled into the extension.
@@ -68,8 +69,7 @@ clean:
 
 # torch comes first: the extension is compiled against it.
 $(VENV)/.torch: $(CONSTRAINTS)
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 with venv and pip, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), must be 3.11; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) $(IS_PYTHON_311) || { echo "make: $(PYTHON) is not a Python 3.11; install one with venv and pip, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || echo "make: no C++ compiler; install gcc and g++ for the native operators (plain PyTorch runs without them)" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) -m venv failed; install its venv module (Debian: apt install python3.11-venv)" >&2; exit 1; }
 	@echo "make: installing torch into $(VENV) (about a minute)"

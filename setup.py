@@ -53,7 +53,8 @@ EVAL = ["clip-benchmark", "scikit-learn", VOCABULARY]
 EXTRAS = {
     "demo": DEMO,
     "eval": EVAL,
-    "gpu": ["transformer-engine[pytorch]>=2.9", DALI, VOCABULARY],
+    # transformer-engine-torch is compiled against your torch: install with --no-build-isolation, torch first.
+    "gpu": ["transformer-engine[core-cu13,pytorch]>=2.9", DALI, VOCABULARY],
     "test": [
         *DEMO,
         *EVAL,
