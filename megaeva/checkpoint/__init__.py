@@ -1,0 +1,1 @@
+"""Checkpoints: mcore's torch_dist format, whole tensors by name, written atomically."""

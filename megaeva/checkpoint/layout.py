@@ -1,0 +1,167 @@
+"""Names and JSON of a run's checkpoints; no torch import, so the command line reads them at once.
+
+run_dir/checkpoints/step_00001000/   megaeva.json (written last), metadata.json, .metadata, *.distcp, common.pt
+run_dir/checkpoints/.writing_*       a save in progress, or one that was killed
+run_dir/checkpoints/.replaced_*      the former step_* of the same number, until the new one has its name
+run_dir/checkpoints/.removing_*      an old one on its way out
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megaeva.config.schema import ModelSection
+from megaeva.errors import CheckpointError
+
+FORMAT = 1
+INFO_NAME = "megaeva.json"
+FOLDER_NAME = "checkpoints"
+WRITING, REPLACED, REMOVING = ".writing_", ".replaced_", ".removing_"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """step_00001000"""
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints in a `checkpoints/` folder, oldest first; empty when there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):  # ".replaced_step_N" sorts before "step_N", which wins
+        match = _STEP.fullmatch(path.name.removeprefix(REPLACED))
+        if match and (path / INFO_NAME).is_file():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by `path`: itself, or the newest of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / INFO_NAME).is_file():
+        return path
+    found = complete_checkpoints(path / FOLDER_NAME) or complete_checkpoints(path)
+    if not found:
+        what = (
+            "does not exist"
+            if not path.exists()
+            else f"holds no finished checkpoint ({FOLDER_NAME}/step_*/{INFO_NAME})"
+        )
+        raise CheckpointError(
+            f"checkpoint {path} {what}; it must be a run folder or one checkpoint of it; "
+            f"check the path, or run the stage that writes it."
+        )
+    return found[-1]
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """megaeva.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or written by a newer megaeva.
+    """
+    path = checkpoint / INFO_NAME
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        written = int(info["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it must be the JSON that megaeva wrote; "
+            f"the checkpoint is damaged, use another one of the run."
+        ) from error
+    if written != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {written}, this megaeva reads format {FORMAT}; "
+            f"use the megaeva that wrote it ({info.get('versions', {}).get('megaeva', 'unknown')})."
+        )
+    return info
+
+
+def read_model_section(path: str | Path) -> ModelSection:
+    """The `model` section that a checkpoint was trained with.
+
+    Args:
+        path: a run folder (its newest checkpoint) or one checkpoint folder.
+
+    Raises:
+        CheckpointError: no finished checkpoint there, or its section is not one of this version.
+    """
+    checkpoint = find_checkpoint(path)
+    try:
+        return ModelSection.model_validate(read_info(checkpoint).get("model"))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint / INFO_NAME}: `model` is not a model section of this megaeva: {error}; "
+            f"use the megaeva that wrote it."
+        ) from error
+
+
+def differing_keys(saved: Any, wanted: Any, path: str) -> list[str]:
+    """One line a key whose values differ, e.g. `model.vision.hidden_size: checkpoint 96, recipe 192`.
+
+    `variant` is a name, not a value, and left out.
+    """
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        keys = [key for key in dict.fromkeys([*wanted, *saved]) if key != "variant"]
+        return [line for key in keys for line in differing_keys(saved.get(key), wanted.get(key), f"{path}.{key}")]
+    return [] if saved == wanted else [f"{path}: checkpoint {saved!r}, recipe {wanted!r}"]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file and force it to the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint so that it never looks complete while half of it is gone."""
+    hidden = path if path.name.startswith(".") else path.with_name(REMOVING + path.name)
+    if hidden != path:
+        path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed saves left behind. Only one process may do so, and no save may be in progress."""
+    for path in folder.iterdir():
+        if path.name.startswith((WRITING, REMOVING)):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(REPLACED):
+            named = path.with_name(path.name.removeprefix(REPLACED))
+            if (named / INFO_NAME).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(named)
+
+
+def publish(writing: Path, final: Path) -> None:
+    """Give a finished save its name, replacing a checkpoint of the same step; at every moment one of them is whole."""
+    replaced = final.with_name(REPLACED + final.name)
+    if final.exists():
+        final.rename(replaced)
+    writing.rename(final)
+    sync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)

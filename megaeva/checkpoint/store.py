@@ -1,0 +1,279 @@
+"""Checkpoints of a run: saved whole or not at all, continued bit for bit, readable on another topology."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megaeva import __version__
+from megaeva.checkpoint import layout, torch_dist
+from megaeva.checkpoint.layout import read_model_section
+from megaeva.checkpoint.sharded import sharded_tensors
+from megaeva.checkpoint.weights import LoadReport, assign, load_weights, open_checkpoint, reading
+from megaeva.config.schema import Config
+from megaeva.errors import CheckpointError
+from megaeva.parallel.wrap import Tower
+
+__all__ = ["CheckpointStore", "LoadReport", "LoadedState", "load_weights", "read_model_section"]
+
+
+class Optimizer(Protocol):
+    """What a checkpoint needs of `megaeva.optim`."""
+
+    num_steps: int
+
+    def sharded_state_dict(self, model_state: Any, is_loading: bool = False) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any, num_steps: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What a resumed run continues from.
+
+    Attributes:
+        step: finished optimizer steps; the next one has this number.
+        loader_state: what this data rank passed to `save`; None when the number of data ranks has changed, as one
+            rank's place in its stream means nothing in another split: the run must then say how it goes on.
+        extra: what was passed to `save`.
+    """
+
+    step: int
+    loader_state: dict[str, Any] | None
+    extra: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. Every rank has one; `save` and `load` are called by all ranks together.
+
+    A save is written to a hidden folder, forced to the disk and renamed, so a folder called step_* is always whole.
+    Tensors are stored whole by name, so that any tp, any dp and either kind of optimizer reads them.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """Args:
+        keep: newest checkpoints that survive a save.
+        """
+        self.folder = Path(run_dir) / layout.FOLDER_NAME
+        self.keep = keep
+
+    def newest(self) -> Path | None:
+        """The newest finished checkpoint. Any rank may call it alone; it only looks."""
+        found = layout.complete_checkpoints(self.folder)
+        return found[-1] if found else None
+
+    def save(
+        self,
+        step: int,
+        towers: Sequence[Tower],
+        optimizer: Optimizer,
+        *,
+        config: Config,
+        loader_state: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> Path:
+        """Write a checkpoint, then delete those beyond `keep`; returns its folder. All ranks call it.
+
+        A checkpoint of the same step is replaced. Cost: the state gathered over data-parallel ranks once, and as many
+        bytes of disk as weights plus 12 a parameter, beside what is kept.
+
+        Args:
+            step: finished optimizer steps.
+            loader_state: JSON-able, this data rank's.
+            extra: JSON-able, rank 0's is stored.
+
+        Raises:
+            CheckpointError: on every rank, when one cannot write (a full disk). The half-written folder is removed,
+                older checkpoints are untouched.
+        """
+        final = self.folder / layout.step_name(step)
+        writing = self.folder / (layout.WRITING + final.name)
+        error: Exception | None = None
+        size = 0
+        try:
+            # Each part ends with every rank knowing whether all got through it, before a collective of the next part.
+            with _agreed():
+                if _is_main():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    layout.clean(self.folder)
+                    writing.mkdir()
+            loader_states = _gather(_loader_entry(towers, loader_state))
+            state = _model_state(towers)
+            state["optimizer"] = optimizer.sharded_state_dict({t.name: state[t.name] for t in towers})
+            size = torch_dist.num_bytes(state)
+            with _agreed():
+                plan = torch_dist.plan_write(state)
+            torch_dist.write(plan, writing)
+            with _agreed():
+                if _is_main():
+                    info = _info(step, towers, optimizer, config, loader_states, extra)
+                    torch_dist.write_mcore_files(writing)
+                    layout.write_durably(writing / layout.INFO_NAME, json.dumps(info, indent=1))
+                    layout.sync_folder(writing)
+                    layout.publish(writing, final)
+        except Exception as caught:
+            error = caught
+        if error is not None:
+            if _is_main():
+                shutil.rmtree(writing, ignore_errors=True)
+            raise self._save_error(writing, error, size) from error
+        if _is_main():
+            self._drop_old()
+        return final
+
+    def load(
+        self,
+        path: Path,
+        towers: Sequence[Tower],
+        optimizer: Optimizer,
+        *,
+        config: Config,
+        data_rank: int,
+    ) -> LoadedState:
+        """Read a checkpoint of this model into towers and optimizer, exactly. All ranks call it.
+
+        Args:
+            path: from `newest()`.
+            config: its task and model must be the checkpoint's.
+            data_rank: whose loader state to return.
+
+        Raises:
+            CheckpointError: another task or model (before any tensor is read), or a damaged checkpoint.
+        """
+        info = layout.read_info(path)
+        _check_same_run(path, info, config)
+        metadata = open_checkpoint(path)
+        state = _model_state(towers)
+        model_keys = {tower.name: dict(state[tower.name]) for tower in towers}
+        state["optimizer"] = optimizer.sharded_state_dict(model_keys, is_loading=True)
+        with reading(path):
+            loaded = torch_dist.read(state, path, metadata)
+        for tower in towers:
+            assign(model_keys[tower.name], loaded[tower.name])
+        optimizer.load_state_dict(loaded.get("optimizer", {}), info["optimizer_steps"])
+        states = info["loader"]
+        same_split = len(states) == towers[0].grid.dp_size
+        return LoadedState(info["step"], states[data_rank] if same_split else None, info["extra"])
+
+    def _drop_old(self) -> None:
+        for path in layout.complete_checkpoints(self.folder)[: -self.keep]:
+            # A checkpoint that cannot be deleted is no reason to stop the run.
+            try:
+                layout.remove(path)
+            except OSError as error:
+                print(f"warning: cannot delete the old checkpoint {path}: {error}", flush=True)
+
+    def _save_error(self, writing: Path, error: Exception, size: int) -> CheckpointError:
+        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+        newest = self.newest()
+        return CheckpointError(
+            f"cannot write checkpoint {writing}: {_first_cause(error)} ({_mib(free)} free, about {_mib(size)} needed "
+            f"by each rank) and must fit beside {self.keep} others; free space, lower save.keep or move run_dir. "
+            + (f"The last good checkpoint is untouched: {newest}" if newest else "There is no earlier checkpoint.")
+        )
+
+
+def tower_prefix(name: str) -> str:
+    """The prefix of a tower's checkpoint keys; a student's module already names its tower."""
+    return "" if name == "student" else name + "."
+
+
+def _model_state(towers: Sequence[Tower]) -> dict[str, Any]:
+    return {t.name: sharded_tensors(t.module, tower_prefix(t.name), t.grid) for t in towers}
+
+
+def _loader_entry(towers: Sequence[Tower], loader_state: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    grid = towers[0].grid
+    return (grid.dp_rank, loader_state) if grid.tp_rank == 0 and grid.pp_rank == 0 else None
+
+
+def _info(
+    step: int,
+    towers: Sequence[Tower],
+    optimizer: Optimizer,
+    config: Config,
+    loader_states: list[tuple[int, dict[str, Any]] | None],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    by_rank = dict(entry for entry in loader_states if entry is not None)
+    grids = {t.name: {"tp": t.grid.tp_size, "pp": t.grid.pp_size, "dp": t.grid.dp_size} for t in towers}
+    return {
+        "format": layout.FORMAT,
+        "step": step,
+        "samples": step * config.train.global_batch_size,
+        "task": config.task,
+        "model": config.model.model_dump(mode="json"),
+        "optimizer_steps": optimizer.num_steps,
+        "versions": {
+            "megaeva": __version__,
+            "megatron-core": version("megatron-core"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "grids": grids,
+        "loader": [by_rank[rank] for rank in sorted(by_rank)],
+        "extra": extra,
+    }
+
+
+def _check_same_run(path: Path, info: dict[str, Any], config: Config) -> None:
+    different = [] if info["task"] == config.task else [f"task: checkpoint {info['task']!r}, recipe {config.task!r}"]
+    different += layout.differing_keys(info["model"], config.model.model_dump(mode="json"), "model")
+    if different:
+        raise CheckpointError(
+            f"{path} belongs to another model:\n  " + "\n  ".join(different) + "\nA resumed run must have the same "
+            "task and model; set these keys back, or start a new run_dir with init.clip, init.vision or init.text."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ between ranks
+
+
+def _is_main() -> bool:
+    return dist.get_rank() == 0
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _agreed:
+    """A block without unfinished collectives; if it raises on one rank, it raises on all."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        texts = _gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is None and any(texts):
+            rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+            raise RuntimeError(f"rank {rank}: {text}")
+
+
+def _first_cause(error: BaseException) -> str:
+    """The line that says what went wrong: torch wraps the failures of all ranks in one exception."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_first_cause(cause)}"
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
