@@ -121,7 +121,7 @@ def _walk(node: yaml.Node, file: str, keys: Keys, source: Source, parents: tuple
         return [_walk(item, file, (*keys, str(i)), source, parents) for i, item in enumerate(node.value)]
     if "${" in node.value:
         source.fail(keys, "uses ${...}, which is not supported", "write the value itself", node.value)
-    if not node.tag.startswith(_TAG):
+    if node.tag.removeprefix(_TAG) not in ("str", *(name for name, _, _ in _SCALARS)):
         source.fail(keys, f"has the tag {node.tag}, which is not supported", "remove the tag", node.value)
     try:
         value = _scalar(node.tag, node.value)
