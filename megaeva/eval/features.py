@@ -99,7 +99,7 @@ def encode_set(
         metas=tuple(records[i][3] for i in order),
         image_XE=image_XE,
         text_XE=torch.cat(text_shares)[order] if text_shares else None,
-        pictures={key: kept[key] for key in sorted(kept, key=_hash)[:num_pictures]},
+        pictures={key: kept[key] for key in sorted(kept, key=key_hash)[:num_pictures]},
     )
 
 
@@ -143,15 +143,22 @@ def _keep_pictures(pictures: dict[str, NDArray[np.uint8]], batch: EvalBatch, num
     """Adds this batch's pictures and drops all but the `num_pictures` with the smallest hash."""
     if num_pictures == 0:
         return
-    kept = set(sorted([*pictures, *batch.keys], key=_hash)[:num_pictures])
+    kept = set(sorted([*pictures, *batch.keys], key=key_hash)[:num_pictures])
     for key in [key for key in pictures if key not in kept]:
         del pictures[key]
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for image_CHW, key in zip(batch.image_BCHW, batch.keys):
         if key in kept:
-            pixel_CHW = ((image_CHW.cpu().float() * std + mean) * 255).round().clamp(0, 255)
-            pictures[key] = pixel_CHW.byte().permute(1, 2, 0).numpy()
+            pictures[key] = to_picture(image_CHW)
 
 
-def _hash(key: str) -> bytes:
+def to_picture(image_CHW: Tensor) -> NDArray[np.uint8]:
+    """What a normalised image looks like, uint8 [H, W, 3]."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    pixel_CHW = ((image_CHW.cpu().float() * std + mean) * 255).round().clamp(0, 255)
+    picture: NDArray[np.uint8] = pixel_CHW.byte().permute(1, 2, 0).numpy()
+    return picture
+
+
+def key_hash(key: str) -> bytes:
+    """Eight bytes that order samples at random, alike everywhere."""
     return hashlib.blake2b(key.encode(), digest_size=8).digest()

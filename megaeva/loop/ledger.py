@@ -27,6 +27,7 @@ class Entry(BaseModel):
         status: "running" also covers a stage whose process died with the loop's.
         recipe_hash: SHA-256 of the resolved recipe.
         recipe: the resolved recipe itself, so that a later change can be named key by key.
+        changes: what it sets on top of its base, for the report.
         run_dir: the stage's run folder.
         inputs: for each earlier stage whose weights this one starts from, when that stage finished.
         started_at, finished_at: unix seconds.
@@ -40,6 +41,7 @@ class Entry(BaseModel):
     status: Literal["running", "failed", "finished"]
     recipe_hash: str
     recipe: dict[str, Any]
+    changes: tuple[str, ...] = ()
     run_dir: str
     inputs: dict[str, float] = {}
     started_at: float
@@ -71,7 +73,7 @@ class Ledger:
                     f"It must be the file this loop wrote. Restore it, or delete {run_dir} to start the loop again."
                 ) from error
 
-    def start(self, stage: str, config: Config, inputs: dict[str, float]) -> None:
+    def start(self, stage: str, config: Config, inputs: dict[str, float], changes: tuple[str, ...] = ()) -> None:
         """Notes that a stage begins or is taken up again."""
         known = self.entries.get(stage)
         self.entries[stage] = Entry(
@@ -79,6 +81,7 @@ class Ledger:
             status="running",
             recipe_hash=recipe_hash(config),
             recipe=_plain(config),
+            changes=changes,
             run_dir=config.run_dir,
             inputs=inputs,
             started_at=known.started_at if known else time.time(),

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megaeva.config import as_overrides, load
+from megaeva.config import as_overrides, diff_from_base, load
 from megaeva.config.schema import Config, LoopConfig, StageSection
 from megaeva.errors import ConfigError
 
@@ -22,12 +22,14 @@ class Stage:
         role: what it is for; a control is trained for comparison only and never promoted.
         config: its resolved recipe.
         inputs: names of earlier stages whose weights it starts from or learns from.
+        changes: what its recipe and the loop set on top of the recipe's base, one line a key.
     """
 
     name: str
     role: Literal["teacher", "distil", "clip", "control"]
     config: Config
-    inputs: tuple[str, ...] = field(default=())
+    inputs: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -67,11 +69,12 @@ def plan_stages(cfg: LoopConfig, recipe_path: Path) -> list[Stage]:
         run_dir = f"{cfg.run_dir}/{name}"
         values = {"seed": cfg.seed} | dict(defaults) | _fill(section.set, places, f"stage {name} in {recipe_path}")
         values["run_dir"] = run_dir
-        config = load(recipe_path.parent / section.recipe, as_overrides(values))
+        recipe, overrides = recipe_path.parent / section.recipe, as_overrides(values)
+        config = load(recipe, overrides)
         sources = {config.init.clip, config.init.vision, config.init.text}
         sources.add(config.teacher.checkpoint if config.teacher else None)
         inputs = tuple(stage.name for stage in stages if stage.config.run_dir in sources)
-        stages.append(Stage(name, role, config, inputs))
+        stages.append(Stage(name, role, config, inputs, tuple(diff_from_base(recipe, overrides))))
         return run_dir
 
     teacher = cfg.teacher.checkpoint or ""

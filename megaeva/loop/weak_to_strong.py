@@ -62,7 +62,7 @@ def run_stage(cfg: LoopConfig, ledger: Ledger, stage: Stage) -> None:
     recipe.parent.mkdir(parents=True, exist_ok=True)
     dump(stage.config, recipe)
     log_path = Path(cfg.run_dir) / "logs" / f"{file_name}.log"
-    ledger.start(stage.name, stage.config, _finish_times(ledger, stage))
+    ledger.start(stage.name, stage.config, _finish_times(ledger, stage), stage.changes)
     started_at = time.monotonic()
     try:
         launch(recipe, (), cfg.launch, log_path, resume, stage=stage.name)
