@@ -19,6 +19,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+LIBRARY = "megaeva/ops/libmegaeva.so"
 BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
 
 # Python decides the megatron-core version silently: 0.16 is the newest that 3.11 can install, while on 3.12 and later
@@ -128,6 +129,8 @@ def extension_arguments() -> dict:
     choice = os.environ.get("MEGAEVA_BUILD", "auto").lower()
     target = what_to_build(choice)
     if target == "none":
+        if (ROOT / LIBRARY).exists():
+            say(f"{LIBRARY}, built earlier, is still there and will be loaded; delete it to run without")
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
