@@ -156,7 +156,7 @@ def data_check(recipe: Recipe, overrides: Overrides = None, processes: Processes
 
     cfg = load(recipe, overrides or ())
     check_world(cfg, processes)
-    from megaeva.data.loader import preflight
+    from megaeva.data.preflight import preflight
 
     axes = cfg.parallel.vision
     typer.echo(preflight(cfg, processes // (axes.tp * axes.pp)))
@@ -228,22 +228,15 @@ def evaluate(
     """
     from megaeva.config import check_world, load
     from megaeva.config.schema import LaunchSection
+    from megaeva.eval.run import run_folder
 
-    root = next((p for p in (run_dir, *run_dir.parents[:2]) if (p / "config.yaml").is_file()), None)
-    if root is None:
-        raise DataError(
-            f"{run_dir} holds no config.yaml, a run folder (or one checkpoint in it) is needed; "
-            "name the folder that `megaeva train` wrote, e.g. runs/demo_teacher."
-        )
-    cfg = load(root / "config.yaml", overrides or ())
-    if cfg.task != "contrastive":
-        raise ConfigError(f"{run_dir} is a run of task={cfg.task}, not a CLIP; name a contrastive run.")
-    check_world(cfg, processes)
+    home = run_folder(run_dir)
+    check_world(load(home / "config.yaml", overrides or ()), processes)
     from megaeva.loop.launch import run_module
 
-    arguments = [str(run_dir), "--output", str(output or root), *(overrides or [])]
+    arguments = [str(run_dir), "--output", str(output or home), *(overrides or [])]
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
-    run_module("megaeva.eval.run", arguments, section, (output or root) / "eval.log", stage="eval")
+    run_module("megaeva.eval.run", arguments, section, (output or home) / "eval.log", stage="eval")
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

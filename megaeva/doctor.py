@@ -75,7 +75,11 @@ class Installation:
 
     def probe(self, code: str) -> Probe:
         """Runs `code` with these paths in front."""
-        environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(p for p in self.paths if p)}
+        # PYTHONSAFEPATH: a folder in the current one must not pass for the package.
+        environment = dict(os.environ) | {
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, self.paths)),
+        }
         try:
             done = subprocess.run(
                 [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS

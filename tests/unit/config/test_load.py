@@ -152,7 +152,7 @@ MISTAKES = {
     "missing key": (RECIPE.replace("run_dir: runs/x\n", ""), (), ["run_dir (in ", "r.yaml:1", "is missing", "add it"]),
     "missing lr": (RECIPE.replace("{lr: 1e-3}", "{}"), (), ["optim.vision.lr (in ", "r.yaml:6", "is missing"]),
     "unknown variant": (
-        RECIPE.replace("ViT-B", "VIT-b"), (), ["model.variant=VIT-b-16-quickgelu", "r.yaml:3", "mean ViT-B-16-quickgelu"],
+        RECIPE.replace("ViT-B", "VIT-b"), (), ["model.variant=VIT-b-16", "r.yaml:3", "mean ViT-B-16-quickgelu"],
     ),
     "interpolation": (RECIPE + "seed: ${SEED}\n", (), ["seed=${SEED}", "not supported"]),
     "duplicate key": (RECIPE + "task: mim\n", (), ["task (", "r.yaml:10) is written twice", "r.yaml:1; keep one"]),
