@@ -1,0 +1,1 @@
+"""Shards to batches: reading, decoding, masks, tokens, positions; and the making of shards (`prepare`)."""

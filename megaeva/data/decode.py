@@ -77,7 +77,7 @@ def make_decoder(
     from megaeva.data.decode_pillow import PillowDecoder
 
     device = None if name == "pillow" else gpu_index(platform)
-    if name == "dali" or (name == "auto" and device is not None and find_spec("nvidia.dali") is not None):
+    if name == "dali" or (name == "auto" and device is not None and _dali_is_installed()):
         if log:
             logger.info("images are decoded by DALI on %s", "the CPU" if device is None else f"GPU {device}")
         return DaliDecoder(image_size, batch_size=batch_size, device=device, num_threads=num_threads)
@@ -85,3 +85,7 @@ def make_decoder(
         why = "" if name == "pillow" else " (auto: no GPU)" if device is None else " (auto: DALI is not installed)"
         logger.info("images are decoded by Pillow on the CPU%s", why)
     return PillowDecoder(image_size)
+
+
+def _dali_is_installed() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

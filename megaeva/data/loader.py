@@ -44,14 +44,14 @@ class _Item(NamedTuple):
     error: str | None = None
 
 
-def _build_items(builder: BatchBuilder, worker: int) -> Iterator[_Item]:
+def _build_items(make_builder: Callable[[], BatchBuilder], worker: int) -> Iterator[_Item]:
     """Endless items; a UserError ends them as an item, so that its text crosses a process or thread unchanged."""
-    while True:
-        try:
+    try:
+        builder = make_builder()
+        while True:
             yield _Item(builder.build(), worker, builder.state())
-        except UserError as error:
-            yield _Item(None, worker, None, str(error))
-            return
+    except UserError as error:
+        yield _Item(None, worker, None, str(error))
 
 
 class _WorkerItems(IterableDataset[_Item]):
@@ -65,16 +65,13 @@ class _WorkerItems(IterableDataset[_Item]):
         info = get_worker_info()
         assert info is not None
         worker = (info.id + self._first) % self._spec.num_workers
-        cfg = self._spec.cfg
-        try:
-            decoder = make_decoder(
-                cfg.data.decoder, cfg.model.vision.image_size, batch_size=self._spec.batch_size, platform="cpu"
-            )
-            builder = BatchBuilder(self._spec, worker, decoder, self._states[worker])
-        except UserError as error:
-            yield _Item(None, worker, None, str(error))
-            return
-        yield from _build_items(builder, worker)
+        return _build_items(lambda: self._builder(worker), worker)
+
+    def _builder(self, worker: int) -> BatchBuilder:
+        cfg, batch_size = self._spec.cfg, self._spec.batch_size
+        # Never the GPU: it is the trainer's.
+        decoder = make_decoder(cfg.data.decoder, cfg.model.vision.image_size, batch_size=batch_size, platform="cpu")
+        return BatchBuilder(self._spec, worker, decoder, self._states[worker])
 
 
 def _from_processes(spec: Spec, states: Sequence[dict[str, Any] | None], first: int) -> Iterator[_Item]:
@@ -259,13 +256,16 @@ class Loader:
         return self._build_here()
 
     def _build_here(self) -> Iterator[_Item]:
-        spec = self._spec
+        return _build_items(self._builder, 0)
+
+    def _builder(self) -> BatchBuilder:
+        cfg = self._spec.cfg
         decoder = make_decoder(
-            spec.cfg.data.decoder,
-            spec.cfg.model.vision.image_size,
-            batch_size=spec.batch_size,
-            platform=spec.cfg.platform,
-            num_threads=max(1, spec.cfg.data.num_workers),
-            log=spec.data_rank == 0,
+            cfg.data.decoder,
+            cfg.model.vision.image_size,
+            batch_size=self._spec.batch_size,
+            platform=cfg.platform,
+            num_threads=max(1, cfg.data.num_workers),
+            log=self._spec.data_rank == 0,
         )
-        return _build_items(BatchBuilder(spec, 0, decoder, self._states[0]), 0)
+        return BatchBuilder(self._spec, 0, decoder, self._states[0])
