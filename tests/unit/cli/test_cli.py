@@ -178,7 +178,7 @@ def test_loop_over_seeds(loops: list[Any]) -> None:
 
 def test_demo_runs_from_any_folder(loops: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
-    monkeypatch.setattr("megaeva.data.prepare.emoji.prepare_emoji", lambda out: made.append(out) or "summary")
+    monkeypatch.setattr("megaeva.data.prepare.emoji.prepare_emoji", made.append)
     root = tmp_path / "checkout"
     (root / "recipes").mkdir(parents=True)
     source = cli.repository() / "recipes"

@@ -125,7 +125,8 @@ def test_dali_states(site: Path) -> None:
     assert doctor.check_dali(only(site)).status == "ok"
     fake(site, "nvidia-dali-cuda120", "2.4.0", module="nvidia.dali.fn=")
     assert doctor.check_dali(only(site)) == Check("DALI", "ok", "nvidia-dali-cuda120 2.4.0")
-    (site / "nvidia" / "dali" / "__init__.py").touch()
+    for package in ("nvidia", "nvidia/dali"):  # regular packages, so that the machine's own DALI cannot fill in
+        (site / package / "__init__.py").touch()
     (site / "nvidia" / "dali" / "fn" / "__init__.py").write_text("raise OSError('libcuda.so.1')", encoding="utf-8")
     check = doctor.check_dali(only(site))
     assert check.status == "warn"
