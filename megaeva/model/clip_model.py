@@ -69,7 +69,5 @@ def build_clip(
     vision = VisionTower(
         cfg.vision, cfg.embed_dim, grid=vision_grid, precision=precision, layer_spec=layer_spec, device=device
     )
-    text = TextTower(
-        cfg.text, cfg.embed_dim, grid=text_grid, precision=precision, layer_spec=layer_spec, device=device
-    )
+    text = TextTower(cfg.text, cfg.embed_dim, grid=text_grid, precision=precision, layer_spec=layer_spec, device=device)
     return CLIPModel(vision, text, LogitScale(cfg.logit_scale, device=device))

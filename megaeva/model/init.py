@@ -113,8 +113,8 @@ def _full_value(
 def init_weights(module: nn.Module, *, seed: int, task: Task, grid: Grid, head_scale: float = 1.0) -> None:
     """Fills every parameter of the towers inside `module` (a tower, a student, or a CLIPModel).
 
-    Each tensor is drawn full-size on the CPU in fp32 from a generator seeded by (seed, tower, name) and then cut: the same
-    weights for every tp, whichever module holds the tower. A logit scale keeps its constructor's value.
+    Each tensor is drawn full-size on the CPU in fp32 from a generator seeded by (seed, tower, name) and then cut: the
+    same weights for every tp, whichever module holds the tower. A logit scale keeps its constructor's value.
 
     Args:
         grid: of the towers in `module`; for a CLIPModel with two grids call it on each tower.

@@ -36,9 +36,7 @@ class MIMStudent(MegatronModule):
             teacher_dim: width of the teacher's joint embedding, the target.
             stop_grad_patch_embed: share of the gradient that reaches the patch embedding (EVA-02: 0.1).
         """
-        vision = VisionTower(
-            cfg, embed_dim=None, grid=grid, precision=precision, layer_spec=layer_spec, device=device
-        )
+        vision = VisionTower(cfg, embed_dim=None, grid=grid, precision=precision, layer_spec=layer_spec, device=device)
         super().__init__(vision.config)
         self.model_type = ModelType.encoder_or_decoder
         self.stop_grad_patch_embed = stop_grad_patch_embed

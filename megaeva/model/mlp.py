@@ -55,9 +55,7 @@ class MLP(MegatronModule):
         width = config.ffn_hidden_size
         shared = {"config": config, "init_method": no_init, "bias": True, "tp_group": pg_collection.tp}
         gates = 2 if self.gated else 1
-        self.linear_fc1 = build_module(
-            submodules.linear_fc1, config.hidden_size, gates * width, stride=gates, **shared
-        )
+        self.linear_fc1 = build_module(submodules.linear_fc1, config.hidden_size, gates * width, stride=gates, **shared)
         self.inner_norm = None
         if submodules.inner_norm is not None:
             self.inner_norm = build_module(

@@ -18,8 +18,8 @@ from megaeva.parallel.grid import Grid
 class VisionTower(MegatronModule):
     """Image encoder; its parameters are uninitialised until `init_weights` or a checkpoint fills them.
 
-    Parameters: patch_embed.{weight,bias}, cls_token [1, 1, D], pos_embed [1, N+1, D], ln_pre.*, blocks.layers.i.*, norm.*,
-    head.{weight,bias}. Blocks are cut over tp, everything else is whole on every rank.
+    Parameters: patch_embed.{weight,bias}, cls_token [1, 1, D], pos_embed [1, N+1, D], ln_pre.*, blocks.layers.i.*,
+    norm.*, head.{weight,bias}. Blocks are cut over tp, everything else is whole on every rank.
     """
 
     def __init__(
@@ -114,6 +114,6 @@ class VisionTower(MegatronModule):
         return F.linear(x, self.head.weight, self.head.bias)
 
     def forward(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Returns image_BE, the unnormalised embedding of the cls token, in the tower's dtype, alike on all tp ranks."""
+        """Returns image_BE, the unnormalised embedding of cls, in the tower's dtype, alike on all tp ranks."""
         # The norm acts on each token alone, so only cls needs it.
         return self.project(self.norm(self.encode(self.embed(image_BCHW), keep_BK)[0]))

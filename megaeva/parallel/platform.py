@@ -79,8 +79,8 @@ def require_transformer_engine() -> None:
     except ImportError as error:
         reason = transformer_engine_failure[0] if transformer_engine_failure else str(error)
         raise UserError(
-            f"layer_spec='te' needs Transformer Engine, which does not import here ({reason}); it must be built for this "
-            "torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH, "
+            f"layer_spec='te' needs Transformer Engine, which does not import here ({reason}); it must be built for "
+            "this torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH, "
             "or use layer_spec='local'."
         ) from error
 

@@ -1,7 +1,7 @@
 """Tensor-parallel pieces of a parameter and the full tensor they make.
 
-A parameter carries Megatron-core's attributes: `tensor_model_parallel` (False or absent: replicated), `partition_dim`, and
-`partition_stride`, which is 2 for a gated weight: every rank holds [piece of w1; piece of w2] of the full [w1; w2].
+A parameter carries Megatron-core's attributes: `tensor_model_parallel` (False or absent: replicated), `partition_dim`,
+and `partition_stride`, which is 2 for a gated weight: every rank holds [piece of w1; piece of w2] of the full [w1; w2].
 """
 
 from typing import Any

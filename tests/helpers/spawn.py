@@ -99,7 +99,7 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float
                 if not ok:  # the others may wait for it in a collective: a moment for their own report, no more
                     deadline = min(deadline, time.monotonic() + 3)
         if not failures:
-            failures = {rank: f"did not end within {timeout:g} s" for rank in pipes.values()}
+            failures = dict.fromkeys(pipes.values(), f"did not end within {timeout:g} s")
         for process in processes:
             process.join(timeout=0 if failures else 10)
     finally:

@@ -1,0 +1,159 @@
+"""Shrunken towers give the outputs of open_clip and timm with the same random weights."""
+
+import open_clip
+import pytest
+import timm.models.eva
+import torch
+from torch import nn
+
+from megaeva.checkpoint.convert.open_clip import from_open_clip
+from megaeva.checkpoint.convert.timm import from_timm
+from megaeva.config.schema import ModelSection
+from megaeva.errors import CheckpointError
+from megaeva.model import CLIPModel, VisionTower, build_clip
+from tests.helpers.tiny import example_images, example_tokens, full_shapes, load_full, random_state, single_grid, tiny
+
+TOLERANCE = 1e-5  # fp32, outputs of order one
+
+
+def _randomise(module: nn.Module) -> None:
+    """All parameters, norms, biases, positions and cls token included."""
+    state = random_state({name: param.shape for name, param in module.named_parameters()}, seed=3)
+    module.load_state_dict(state, strict=False)
+
+
+def _open_clip_model(cfg: ModelSection) -> nn.Module:
+    """open_clip's own towers at `cfg`'s sizes."""
+    vision, text = cfg.vision, cfg.text
+    quick = {vision.activation, text.activation} == {"quick_gelu"}
+    model = open_clip.model.CLIP(
+        cfg.embed_dim,
+        {
+            "layers": vision.num_layers, "width": vision.hidden_size, "patch_size": vision.patch_size,
+            "head_width": vision.hidden_size // vision.num_heads, "image_size": vision.image_size,
+            "mlp_ratio": vision.ffn_hidden_size / vision.hidden_size,
+        },
+        {
+            "context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.hidden_size,
+            "heads": text.num_heads, "layers": text.num_layers,
+        },
+        quick_gelu=quick,
+    )  # fmt: skip
+    _randomise(model)
+    return model.eval()
+
+
+def _timm_trunk(cfg: ModelSection) -> nn.Module:
+    """timm's Eva with the arguments of its eva02_*_clip_224 entry points, at `cfg`'s sizes."""
+    vision = cfg.vision
+    flags = (
+        {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True,
+         "ref_feat_shape": (16, 16)}
+        if vision.rope
+        else {"use_post_norm": True}
+    )  # fmt: skip
+    trunk = timm.models.eva.Eva(
+        img_size=vision.image_size, patch_size=vision.patch_size, embed_dim=vision.hidden_size,
+        depth=vision.num_layers, num_heads=vision.num_heads, mlp_ratio=vision.ffn_hidden_size / vision.hidden_size,
+        num_classes=cfg.embed_dim, global_pool="token", **flags,
+    )  # fmt: skip
+    _randomise(trunk)
+    return trunk.eval()
+
+
+def _our_model(cfg: ModelSection, state: dict[str, torch.Tensor]) -> CLIPModel:
+    grid = single_grid()
+    model = build_clip(cfg, vision_grid=grid, text_grid=grid)
+    load_full(model, from_open_clip(state, cfg, full_shapes(model)), grid)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "variant", ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14", "Demo-Teacher"]
+)
+@torch.no_grad()
+def test_open_clip_towers(variant: str) -> None:
+    cfg = tiny(variant)
+    if variant == "Demo-Teacher":  # OpenAI-style vision; open_clip has one activation for both towers
+        assert cfg.text.activation == cfg.vision.activation == "gelu"
+    theirs = _open_clip_model(cfg)
+    ours = _our_model(cfg, theirs.state_dict())
+    image, token = example_images(cfg), example_tokens(cfg)
+    expected = theirs.encode_image(image)
+    assert expected.abs().max() > 0.5
+    assert (ours.encode_image(image) - expected).abs().max() < TOLERANCE
+    assert (ours.encode_text(token) - theirs.encode_text(token)).abs().max() < TOLERANCE
+    assert ours.scale().item() == theirs.logit_scale.item()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["EVA02-CLIP-B-16", "EVA02-CLIP-L-14", "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14", "EVA02-CLIP-bigE-14-plus"],
+)
+@torch.no_grad()
+def test_timm_trunks(variant: str) -> None:
+    cfg = tiny(variant)
+    trunk, text_side = _timm_trunk(cfg), _open_clip_model(cfg)
+    # As open_clip's CustomTextCLIP names them.
+    state = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
+    state |= {
+        name if name == "logit_scale" else f"text.{name}": value
+        for name, value in text_side.state_dict().items()
+        if not name.startswith("visual.")
+    }
+    ours = _our_model(cfg, state)
+    image, token = example_images(cfg), example_tokens(cfg)
+    expected = trunk(image)
+    assert expected.abs().max() > 0.5
+    assert (ours.encode_image(image) - expected).abs().max() < TOLERANCE
+    assert (ours.encode_text(token) - text_side.encode_text(token)).abs().max() < TOLERANCE
+    # All tokens too: what a teacher shows its student.
+    assert (ours.vision.tokens(image) - trunk.forward_features(image)).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_from_timm_alone() -> None:
+    cfg = tiny("EVA02-CLIP-L-14")
+    trunk = _timm_trunk(cfg)
+    grid = single_grid()
+    tower = VisionTower(cfg.vision, cfg.embed_dim, grid=grid)
+    load_full(tower, from_timm(trunk.state_dict(), cfg.vision, full_shapes(tower)), grid)
+    image = example_images(cfg)
+    assert (tower(image) - trunk(image)).abs().max() < TOLERANCE
+
+
+def test_patch_dropout_gathers_rotary_angles() -> None:
+    """Dropping patches = timm's forward on the kept tokens with their own angles."""
+    cfg = tiny("EVA02-CLIP-L-14")
+    trunk = _timm_trunk(cfg)
+    grid = single_grid()
+    tower = VisionTower(cfg.vision, cfg.embed_dim, grid=grid)
+    load_full(tower, from_timm(trunk.state_dict(), cfg.vision, full_shapes(tower)), grid)
+    image = example_images(cfg)
+    keep_BK = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7] for i in range(3)])
+    with torch.no_grad():
+        ours = tower(image, keep_BK)
+        x, angles = trunk._pos_embed(trunk.patch_embed(image))
+        for row in range(3):
+            kept = torch.cat([torch.zeros(1, dtype=torch.long), keep_BK[row] + 1])
+            hidden = x[row : row + 1, kept]
+            for block in trunk.blocks:
+                hidden = block(hidden, rope=angles[keep_BK[row]])
+            expected = trunk.head(trunk.norm(hidden)[:, 0])
+            assert (ours[row] - expected[0]).abs().max() < TOLERANCE
+        assert (ours - tower(image)).abs().max() > 1e-2
+
+
+def test_an_unexplained_tensor_is_an_error() -> None:
+    cfg = tiny("ViT-H-14")
+    state = _open_clip_model(cfg).state_dict()
+    grid = single_grid()
+    expected = full_shapes(build_clip(cfg, vision_grid=grid, text_grid=grid))
+    with pytest.raises(CheckpointError, match=r"left over: visual\.surprise"):
+        from_open_clip(state | {"visual.surprise": torch.zeros(2)}, cfg, expected)
+    with pytest.raises(CheckpointError, match=r"missing ln_final\.weight for text\.norm\.weight"):
+        from_open_clip({k: v for k, v in state.items() if k != "ln_final.weight"}, cfg, expected)
+    with pytest.raises(CheckpointError, match=r"nothing makes vision\.surprise"):
+        from_open_clip(state, cfg, expected | {"vision.surprise": torch.Size([1])})
+    with pytest.raises(CheckpointError, match=r"pos_embed comes out as"):
+        from_open_clip(state, cfg, expected | {"vision.pos_embed": torch.Size([1, 5, 32])})
