@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megaeva import __version__
 from megaeva.checkpoint import layout, torch_dist
@@ -96,7 +97,7 @@ class CheckpointStore:
         """
         final = self.folder / layout.step_name(step)
         writing = self.folder / (layout.WRITING + final.name)
-        error: Exception | None = None
+        error: Exception | CheckpointException | None = None
         size = 0
         try:
             # Each part ends with every rank knowing whether all got through it, before a collective of the next part.
@@ -119,7 +120,7 @@ class CheckpointStore:
                     layout.write_durably(writing / layout.INFO_NAME, json.dumps(info, indent=1))
                     layout.sync_folder(writing)
                     layout.publish(writing, final)
-        except Exception as caught:
+        except (Exception, CheckpointException) as caught:  # torch's is a BaseException
             error = caught
         if error is not None:
             if _is_main():
@@ -171,7 +172,7 @@ class CheckpointStore:
             except OSError as error:
                 print(f"warning: cannot delete the old checkpoint {path}: {error}", flush=True)
 
-    def _save_error(self, writing: Path, error: Exception, size: int) -> CheckpointError:
+    def _save_error(self, writing: Path, error: BaseException, size: int) -> CheckpointError:
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
         newest = self.newest()
         return CheckpointError(
@@ -272,7 +273,7 @@ def _first_cause(error: BaseException) -> str:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return torch_dist.first_line(error)
 
 
 def _mib(num_bytes: int) -> str:

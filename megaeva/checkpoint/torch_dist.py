@@ -126,6 +126,11 @@ def write_mcore_files(folder: Path) -> None:
     torch.save({}, folder / "common.pt")
 
 
+def first_line(error: BaseException) -> str:
+    """OSError: [Errno 27] File too large"""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 @torch.no_grad()
 def read(state: Mapping[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:
     """The nested dictionary with tensors in place of sharded tensors. All ranks call it.

@@ -122,7 +122,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise CheckpointError(
-            f"{checkpoint} cannot be read (rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}); its "
+            f"{checkpoint} cannot be read (rank {rank}: {torch_dist.first_line(cause)}); its "
             f"files must be complete and of this model; it is damaged or another model's, use another checkpoint."
         ) from error
 

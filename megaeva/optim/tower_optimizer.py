@@ -1,5 +1,6 @@
 """The optimizers of all towers as one: global gradient norm, step, and state in a layout no topology shows in."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -65,7 +66,8 @@ class TowerOptimizers(ChainedOptimizer):
         """
         self.prepare_grads()
         norm = float(self.get_grad_norm())
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm):
+            self.zero_grad()
             return False, norm
         if self.config.clip_grad > 0.0:
             for optimizer in self.chained_optimizers:
@@ -73,6 +75,8 @@ class TowerOptimizers(ChainedOptimizer):
                     clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
         self.step_with_ready_grads()
         self.num_steps += 1
+        # mcore's plain optimizers left .grad pointing into DDP's buffer; the next backward pass would add it twice.
+        self.zero_grad()
         return True, norm
 
     def sharded_state_dict(  # type: ignore[override]

@@ -1,0 +1,313 @@
+"""Saving, keeping, resuming and refusing checkpoints in one process."""
+
+import json
+import os
+import pickle
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megaeva.checkpoint import layout, torch_dist
+from megaeva.checkpoint.store import CheckpointStore, LoadedState, load_weights, read_model_section
+from megaeva.config.schema import Config
+from megaeva.errors import CheckpointError
+from megaeva.optim.build import build_optimizer
+from megaeva.parallel.runtime import Runtime, start, stop
+from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    started_here = not dist.is_initialized()
+    yield start("cpu")
+    if started_here:
+        stop()
+
+
+class Run:
+    """Toy towers, their optimizer and a store."""
+
+    def __init__(self, runtime: Runtime, folder: Path, keep: int = 2, seed: int = 0, **optim: Any) -> None:
+        towers = {key: optim.pop(key) for key in ("train_scale", "width", "num_layers") if key in optim}
+        self.cfg = make_config(str(folder), **optim)
+        self.towers = build_towers(runtime, self.cfg, tp=1, seed=seed, **towers)
+        self.optimizer, self.rate = build_optimizer(self.towers, self.cfg)
+        self.store = CheckpointStore(folder, keep)
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            self.rate.set(step)
+            compute_gradients(self.towers, step)
+            assert self.optimizer.step()[0]
+
+    def save(self, step: int) -> Path:
+        return self.store.save(
+            step, self.towers, self.optimizer, config=self.cfg, loader_state={"at": step}, extra={"a": 1}
+        )
+
+    def load(self, path: Path, config: Config | None = None) -> LoadedState:
+        return self.store.load(path, self.towers, self.optimizer, config=config or self.cfg, data_rank=0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t.detach().clone() for tower in self.towers for t in tower.module.parameters()]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"name": "adamw"},
+        {"name": "lamb"},
+        {"name": "adamw", "precision": "bf16"},
+        {"name": "lamb", "distributed_optimizer": False},
+        {"name": "adamw", "distributed_optimizer": False, "precision": "bf16"},
+        {"name": "adamw", "train_scale": False},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_continues_bit_for_bit(runtime: Runtime, tmp_path: Path, optim: dict[str, Any]) -> None:
+    run = Run(runtime, tmp_path, clip_grad_norm=0.5, **optim)
+    run.train(0, 2)
+    path = run.save(2)
+    at_save = run.tensors()
+    run.train(2, 5)
+
+    resumed = Run(runtime, tmp_path, seed=1, clip_grad_norm=0.5, **optim)
+    assert not equal(resumed.tensors(), at_save)
+    assert resumed.load(path) == LoadedState(step=2, loader_state={"at": 2}, extra={"a": 1})
+    assert equal(resumed.tensors(), at_save)
+    resumed.train(2, 5)
+    assert equal(resumed.tensors(), run.tensors())
+
+
+def test_a_checkpoint_before_the_first_step(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(0)
+    run.train(0, 2)
+    resumed = Run(runtime, tmp_path, seed=1)
+    resumed.load(path)
+    resumed.train(0, 2)
+    assert equal(resumed.tensors(), run.tensors())
+
+
+def test_either_kind_of_optimizer_reads_the_others_state(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path, distributed_optimizer=True)
+    run.train(0, 2)
+    path = run.save(2)
+    plain = Run(runtime, tmp_path, seed=1, distributed_optimizer=False)
+    plain.load(path)
+    run.train(2, 4)
+    plain.train(2, 4)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(run.tensors(), plain.tensors()))
+
+
+def test_keeps_the_newest_and_cleans_what_a_killed_save_left(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path, keep=2)
+    assert run.store.newest() is None
+    for step in (1, 2, 3):
+        run.save(step)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".writing_step_00000009").mkdir()
+    (checkpoints / ".writing_step_00000009" / "__0_0.distcp").write_bytes(b"half")
+    (checkpoints / "step_00000007").mkdir()  # not ours: no megaeva.json
+    assert run.store.newest() == checkpoints / "step_00000003"
+    run.save(4)
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"step_00000003", "step_00000004", "step_00000007"}
+
+
+def test_saving_a_step_again_replaces_it(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    run.save(1)
+    run.train(0, 1)
+    path = run.save(1)
+    resumed = Run(runtime, tmp_path, seed=1)
+    resumed.load(path)
+    assert equal(resumed.tensors(), run.tensors())
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000001"]
+
+
+def test_killed_between_the_two_renames_of_a_replacement(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    path.rename(path.with_name(".replaced_step_00000001"))
+    assert run.store.newest() == path.with_name(".replaced_step_00000001")
+    run.save(2)
+    assert {p.name for p in path.parent.iterdir()} == {"step_00000001", "step_00000002"}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(runtime: Runtime, tmp_path: Path) -> None:
+    """The file size limit makes real writes fail part-way, as a full disk does."""
+    run = Run(runtime, tmp_path, width=64)
+    good = run.save(1)
+    before = {path.name: path.stat().st_mtime_ns for path in good.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            run.save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = str(caught.value)
+    assert "step_00000002" in text
+    assert os.strerror(27) in text  # EFBIG, as ENOSPC would be named
+    assert "MiB free" in text
+    assert str(good) in text
+    assert {path.name for path in good.parent.iterdir()} == {"step_00000001"}
+    assert {path.name: path.stat().st_mtime_ns for path in good.iterdir()} == before
+    run.save(3)
+    Run(runtime, tmp_path, width=64, seed=1).load(good)
+
+
+@pytest.mark.parametrize("place", ["write_mcore_files", "plan_write"])
+def test_no_space_outside_the_tensors(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    run = Run(runtime, tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(torch_dist, place, full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*no earlier checkpoint"):
+        run.save(1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_another_model_is_refused_before_any_tensor_is_read(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    data = run.cfg.model_dump()
+    data["model"]["vision"]["num_heads"] = 4
+    data["model"]["embed_dim"] = 8
+    data["model"]["variant"] = "another name is no difference"
+    before = run.tensors()
+    (path / ".metadata").unlink()  # reading on would fail differently
+    with pytest.raises(CheckpointError) as caught:
+        run.load(path, Config.model_validate(data))
+    text = str(caught.value)
+    assert "model.vision.num_heads: checkpoint 2, recipe 4" in text
+    assert "model.embed_dim: checkpoint 4, recipe 8" in text
+    assert "variant" not in text
+    assert equal(run.tensors(), before)
+
+
+def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    (data,) = path.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="step_00000001 cannot be read"):
+        run.load(path)
+    (path / "megaeva.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"megaeva\.json cannot be read"):
+        run.load(path)
+
+
+def test_metadata_runs_no_code(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    victim = tmp_path / "written by the pickle"
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(victim),)
+
+    (path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match=r"names (posix|os)\.mkdir"):
+        run.load(path)
+    assert not victim.exists()
+
+
+def test_mcore_itself_reads_the_folder(runtime: Runtime, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    tensors = dist_checkpointing.load_plain_tensors(str(path))
+    whole = run.towers[0].module.state_dict()
+    assert torch.equal(tensors["vision.head.weight"], whole["head.weight"])
+    assert tensors["scale.log_scale"].shape == ()
+
+
+def test_information_beside_the_tensors(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    info = json.loads((run.save(3) / layout.INFO_NAME).read_text())
+    assert (info["step"], info["samples"], info["task"]) == (3, 24, "contrastive")
+    assert info["loader"] == [{"at": 3}]
+    assert read_model_section(tmp_path) == run.cfg.model
+    assert read_model_section(tmp_path / "checkpoints" / "step_00000003") == run.cfg.model
+
+
+# ------------------------------------------------------------------------------------------------------ load_weights
+
+
+def test_weights_of_chosen_towers(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    run.train(0, 1)
+    run.save(1)
+    other = Run(runtime, tmp_path, seed=1)
+    fresh_head = other.towers[0].module.head.weight.clone()
+    text_before = [p.clone() for p in other.towers[1].module.parameters()]
+    report = load_weights(
+        tmp_path, {"vision": other.towers[0].module}, other.towers[0].grid, skip=("vision.head", "vision.blocks.*.bias")
+    )
+    source, target = (dict(r.towers[0].module.named_parameters()) for r in (run, other))
+    for name, tensor in target.items():
+        kept = name == "head.weight" or (name.startswith("blocks.") and name.endswith(".bias"))
+        assert torch.equal(tensor, source[name]) != kept, name
+        assert (f"vision.{name}" in report.fresh) == kept
+        assert (f"vision.{name}" in report.loaded) != kept
+    assert torch.equal(target["head.weight"], fresh_head)
+    assert equal(list(other.towers[1].module.parameters()), text_before)
+    assert {"text.head.weight", "scale.log_scale", "vision.head.weight"} <= set(report.unused)
+    assert not any(key.startswith("optimizer") for key in report.unused)
+    assert report.lines()[0].endswith(f"{len(report.loaded)} tensors loaded")
+    assert any("fresh: vision.blocks.layers.0.mlp.linear_fc1.bias" in line for line in report.lines())
+
+
+def test_weights_are_cast_to_the_modules_dtype(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    run.save(1)
+    other = Run(runtime, tmp_path, seed=1, precision="bf16")
+    load_weights(tmp_path, {"vision": other.towers[0].module}, other.towers[0].grid)
+    expected = run.towers[0].module.head.weight.bfloat16()
+    assert torch.equal(other.towers[0].module.head.weight, expected)
+
+
+def test_unexplained_tensors_are_errors_on_either_side(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    run.save(1)
+    deeper = Run(runtime, tmp_path, num_layers=3).towers[0]
+    with pytest.raises(CheckpointError, match=r"vision\.blocks\.layers\.2\.mlp\.linear_fc1\.weight: not in the check"):
+        load_weights(tmp_path, {"vision": deeper.module}, deeper.grid)
+    load_weights(tmp_path, {"vision": deeper.module}, deeper.grid, skip=("vision.blocks.layers.2",))
+
+    del run.towers[0].module.norm
+    before = [p.clone() for p in run.towers[0].module.parameters()]
+    with pytest.raises(CheckpointError, match=r"vision\.norm\.weight: not in the model"):
+        load_weights(tmp_path, {"vision": run.towers[0].module}, run.towers[0].grid)
+    assert equal(list(run.towers[0].module.parameters()), before)
+    load_weights(tmp_path, {"vision": run.towers[0].module}, run.towers[0].grid, skip=("vision.norm",))
+
+
+def test_another_shape_is_an_error_that_shows_both(runtime: Runtime, tmp_path: Path) -> None:
+    Run(runtime, tmp_path).save(1)
+    wider = Run(runtime, tmp_path, width=16).towers[0]
+    with pytest.raises(CheckpointError, match=r"vision\.norm\.weight: checkpoint \[8\], model \[16\]"):
+        load_weights(tmp_path, {"vision": wider.module}, wider.grid)
+
+
+def test_a_path_without_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_model_section(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no"):
+        read_model_section(tmp_path)
