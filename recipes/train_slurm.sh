@@ -21,9 +21,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${PROCESSES:-8}" --max-restarts=0 \
+    --shutdown-timeout=240 `# torchrun kills the ranks 30 s after SIGTERM otherwise: too short for a large checkpoint` \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" \
     -m megaeva.train "$@" &
 job=$!
-trap 'kill -TERM "$job"' USR1 TERM
+trap 'kill -TERM "$job"' USR1 TERM    # srun passes it on to torchrun, torchrun to the ranks
 # The first wait ends when a signal comes; the second waits for the ranks to save.
 wait "$job" || { code=$?; [[ $code -gt 128 ]] && wait "$job" || exit "$code"; }

@@ -169,12 +169,15 @@ def diff_from_base(path: str | Path, overrides: Sequence[str] = ()) -> list[str]
     neither shows only its value. What a variant fills in is not repeated: `model.variant` says it.
     """
     source, base = gather(Path(path), overrides)
+    variant = VARIANTS.get(str(get_in(source.values, ("model", "variant"))), {})
     model = LoopConfig if "rounds" in source.values else Config
     lines: list[str] = []
     for keys, value in leaves(source.values):
         old = get_in(base, keys)
         if old is None and not _written(base, keys):
             old = _default(model, keys)
+            if keys[0] == "model" and (filled := get_in(variant, keys[1:])) is not None:
+                old = filled
         if old is ...:
             lines.append(f"{'.'.join(keys)}: {shown(value)}")
         elif json.loads(json.dumps(old)) != value:
