@@ -5,6 +5,7 @@ data or checkpoint (explained on stderr), 143 stopped by SIGTERM with a checkpoi
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megaeva.trainer import Trainer
 
         runtime = start(cfg.platform)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("megaeva").setLevel(logging.INFO if runtime.is_main else logging.ERROR)
         try:
             changes = diff_from_base(options.recipe, options.overrides)
             return Trainer(cfg, runtime, resume=options.resume, recipe_changes=changes).fit()

@@ -18,6 +18,7 @@ from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.collectives import all_sum, gather_objects, raise_together, together
 from megaeva.parallel.runtime import Runtime, seed_pass
+from megaeva.parallel.wrap import count_parameters
 from megaeva.tasks import build_task
 
 TERMINATED = 128 + signal.SIGTERM
@@ -155,7 +156,7 @@ class Trainer:
         summary = {
             "step": self.next_step,
             "samples": self.next_step * self.cfg.train.global_batch_size,
-            "num_parameters": self.task.num_parameters,
+            "num_parameters": count_parameters(self.task.towers),
             "dropped_samples": dict(self.loader.dropped),
         }
         self.record.write_json("finished.json", summary)
@@ -177,9 +178,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
         grid = self.task.grid
-        state = self.store.load(
-            checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_rank=grid.dp_rank
-        )
+        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_rank=grid.dp_rank)
         self.loader.load_state_dict(state.loader_state)
         return state.step
 

@@ -117,12 +117,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Paper only: no configuration file or weights of the 336 px model have been published.
     "EVA-CLIP-18B-336": _pair(1536, _eva_rmsnorm(336, 5120, 48, 40, 25600, "post"), _text(1280, 32, 20)),
     # OpenAI weights, under open_clip's names.
-    "ViT-B-32-quickgelu": _pair(
-        512, _clip(224, 32, 768, 12, 12, 3072, "quick_gelu"), _text(512, 12, 8, "quick_gelu")
-    ),
-    "ViT-B-16-quickgelu": _pair(
-        512, _clip(224, 16, 768, 12, 12, 3072, "quick_gelu"), _text(512, 12, 8, "quick_gelu")
-    ),
+    "ViT-B-32-quickgelu": _pair(512, _clip(224, 32, 768, 12, 12, 3072, "quick_gelu"), _text(512, 12, 8, "quick_gelu")),
+    "ViT-B-16-quickgelu": _pair(512, _clip(224, 16, 768, 12, 12, 3072, "quick_gelu"), _text(512, 12, 8, "quick_gelu")),
     "ViT-L-14-quickgelu": _pair(
         768, _clip(224, 14, 1024, 24, 16, 4096, "quick_gelu"), _text(768, 12, 12, "quick_gelu")
     ),
@@ -141,7 +137,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
     # A weak teacher in OpenAI's style and a stronger student in the style of EVA-CLIP-8B, at emoji size.
     "Demo-Teacher": _pair(96, _clip(48, 12, 96, 4, 4, 384), _DEMO_TEXT),
-    "Demo-Student": _pair(
-        96, _eva_rmsnorm(48, 192, 6, 6, 768, "pre") | {"patch_size": 12}, _DEMO_TEXT
-    ),
+    "Demo-Student": _pair(96, _eva_rmsnorm(48, 192, 6, 6, 768, "pre") | {"patch_size": 12}, _DEMO_TEXT),
 }

@@ -1,6 +1,7 @@
 """The contract between the loader and the tasks."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if isinstance(v, Tensor)}
-        )
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if isinstance(v, Tensor)})
 
     def split(self, size: int) -> "list[Batch]":
         """Consecutive microbatches of `size` samples; `size` must divide the batch."""

@@ -1,5 +1,7 @@
 """Symmetric InfoNCE over the global batch, exact on any number of ranks, without a batch x batch matrix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -30,7 +32,7 @@ class _StreamingInfoNCE(torch.autograd.Function):
     """Loss of packed unit rows [2B, E]: images first, then their texts."""
 
     @staticmethod
-    def forward(ctx, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
         local = packed_2BE.shape[0] // 2
         first = group.rank() * local
         scale = log_scale.float().exp()
@@ -49,20 +51,20 @@ class _StreamingInfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         packed_2BE, image_GE, text_GE, lse_image_G, lse_text_G, scale = ctx.saved_tensors
         local, first = packed_2BE.shape[0] // 2, ctx.first
         rows = packed_2BE.float()
         here = slice(first, first + local)
         grad_2BE = torch.empty_like(rows)
-        grad_2BE[:local], image_share = _rows_backward(rows[:local], text_GE, scale, lse_image_G[here], lse_text_G)
-        grad_2BE[local:], text_share = _rows_backward(rows[local:], image_GE, scale, lse_text_G[here], lse_image_G)
-        # The pairs on the diagonal, for both directions.
-        grad_2BE[:local] -= 2 * text_GE[here]
-        grad_2BE[local:] -= 2 * image_GE[here]
-        paired = scale * (rows[:local] * rows[local:]).sum()
+        grad_2BE[:local], image_share = _rows_backward(
+            rows[:local], text_GE, scale, lse_image_G[here], lse_text_G, first
+        )
+        grad_2BE[local:], text_share = _rows_backward(
+            rows[local:], image_GE, scale, lse_text_G[here], lse_image_G, first
+        )
         factor = grad_loss / (2 * image_GE.shape[0])
-        grad_log_scale = factor * (image_share + text_share - 2 * paired)
+        grad_log_scale = factor * (image_share + text_share)
         return (grad_2BE * (factor * scale)).to(packed_2BE.dtype), grad_log_scale.to(ctx.log_scale_dtype), None
 
 
@@ -73,14 +75,24 @@ def _row_logsumexp(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rows_backward(
-    query_BE: Tensor, key_GE: Tensor, scale: Tensor, lse_query_B: Tensor, lse_key_G: Tensor
+    query_BE: Tensor, key_GE: Tensor, scale: Tensor, lse_query_B: Tensor, lse_key_G: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
-    """(softmax over keys + softmax over queries) @ keys, [B, E], and sum(softmax over keys * logits), 0-dim."""
+    """(softmax over keys + softmax over queries - 2 * pairs) @ keys, [B, E], and the log scale's share, 0-dim.
+
+    Query i is paired with key `first` + i. Pairs are subtracted from the weights, not from their products: the
+    difference is small where training ends, and would be lost in rounding.
+    """
     grad_BE = torch.zeros_like(query_BE)
-    expected_logit = query_BE.new_zeros(())
+    paired_B1 = scale * (query_BE * key_GE[first : first + len(query_BE)]).sum(-1, keepdim=True)
+    share = query_BE.new_zeros(())
+    start = 0
     for keys, lse_keys in zip(key_GE.split(TILE), lse_key_G.split(TILE), strict=True):
         logits = scale * (query_BE @ keys.T)
-        over_keys = torch.exp(logits - lse_query_B[:, None])
-        expected_logit += (over_keys * logits).sum()
-        grad_BE.addmm_(over_keys.add_(torch.exp(logits - lse_keys[None, :])), keys)
-    return grad_BE, expected_logit
+        weights = torch.exp(logits - lse_query_B[:, None])
+        share += (weights * (logits - paired_B1)).sum()
+        weights += torch.exp(logits - lse_keys[None, :])
+        if -len(query_BE) < first - start < len(keys):
+            weights.diagonal(first - start).sub_(2)
+        grad_BE.addmm_(weights, keys)
+        start += len(keys)
+    return grad_BE, share

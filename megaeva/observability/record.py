@@ -41,7 +41,7 @@ class RunRecord:
         self._first_step = self._logged_step = first_step
         self._waited_seconds = 0.0
         if enabled:
-            self._metrics = MetricLog(run_dir, resumed_step=first_step)
+            self._metrics = MetricLog(run_dir, first_step=first_step)
             self._status = StatusLine()
 
     def say(self, text: str) -> None:
@@ -75,7 +75,9 @@ class RunRecord:
             mean_step_seconds * (self.total_steps - step),
         )
         if wait_share > 0.5 and steps > 1:
-            self.say(f"input-bound: {100 * wait_share:.0f} % of the time went into waiting; try data.num_workers=2 or more")
+            self.say(
+                f"input-bound: {100 * wait_share:.0f} % of the time went into waiting; try data.num_workers=2 or more"
+            )
 
     def results(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Write evaluation results to eval.json and to the metrics of `step`."""

@@ -27,21 +27,22 @@ from torch import Tensor, nn
 from megaeva.parallel.wrap import Tower, reduce_gradients, zero_gradients
 
 Sample = TypeVar("Sample")
+Sample_in = TypeVar("Sample_in", contravariant=True)
 SeedPass = Callable[[int], None]
 
 
-class LocalLoss(Protocol[Sample]):
+class LocalLoss(Protocol[Sample_in]):
     """A loss that decomposes over samples."""
 
-    def loss(self, batch: Sample) -> Tensor:
+    def loss(self, batch: Sample_in) -> Tensor:
         """This microbatch's share (0-dim); shares over microbatches and data ranks sum to the global loss."""
         ...
 
 
-class GlobalLoss(Protocol[Sample]):
+class GlobalLoss(Protocol[Sample_in]):
     """A loss over the features of the whole global batch."""
 
-    def features(self, batch: Sample) -> tuple[Tensor, ...]:
+    def features(self, batch: Sample_in) -> tuple[Tensor, ...]:
         """One [B, E] tensor a modality, with gradients into the towers when they are enabled."""
         ...
 

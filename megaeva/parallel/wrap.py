@@ -15,6 +15,7 @@ from torch import nn
 
 from megaeva.config.schema import ParallelSection
 from megaeva.parallel.grid import Grid
+from megaeva.parallel.shards import full_shape
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) ->
         pg_collection=grid.groups,
     )
     return Tower(name, module, ddp, grid)
+
+
+def count_parameters(towers: Sequence[Tower]) -> dict[str, int]:
+    """Parameters of each tower over all tensor-parallel ranks, each counted once, and their "total"."""
+    counts = {
+        tower.name: sum(full_shape(parameter, tower.grid.tp_size).numel() for parameter in tower.module.parameters())
+        for tower in towers
+    }
+    return counts | {"total": sum(counts.values())}
 
 
 def zero_gradients(towers: Sequence[Tower]) -> None:

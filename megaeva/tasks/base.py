@@ -17,13 +17,11 @@ class Task(Protocol):
         towers: trained modules in a fixed order; also what checkpoints hold.
         grid: the grid whose data-parallel ranks read different samples.
         start_report: lines that say where each weight came from.
-        num_parameters: of the model the recipe describes, over all ranks: vision, text, total.
     """
 
     towers: Sequence[Tower]
     grid: Grid
     start_report: list[str]
-    num_parameters: dict[str, int]
 
     def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
         """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced."""

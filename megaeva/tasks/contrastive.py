@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaeva.checkpoint.store import load_weights
+from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
 from megaeva.eval.harness import evaluate

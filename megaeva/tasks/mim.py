@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaeva.checkpoint.store import load_weights, read_model_section
+from megaeva.checkpoint.layout import read_model_section
+from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
 from megaeva.errors import ConfigError
@@ -27,7 +28,7 @@ class MIM:
     """See `megaeva.tasks.base.Task`."""
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
-        assert cfg.teacher is not None and cfg.mim is not None, "config.validate requires both for this task"
+        assert cfg.mim is not None, "config.validate requires it for this task"
         self.runtime = runtime
         self.grid = build_grid(cfg.parallel.vision, runtime)
         self.teacher, teacher_dim, report = self._load_teacher(cfg)
