@@ -65,7 +65,7 @@ def print_results(rows: dict[str, dict[str, Any]], console: Console) -> None:
         cells += [f"{100 * row[key]:.1f}" if key in row else "-" for key, _ in _COLUMNS]
         table.add_row(name, *cells)
     console.print(table)
-    console.print("In percent. samples: this run's own; chain: with all runs its weights descend from.")
+    console.print("In percent. samples: this run's own; chain: with those its weights come from.")
 
 
 def _row(

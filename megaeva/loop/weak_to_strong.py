@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megaeva.checkpoint.layout import FOLDER_NAME, complete_checkpoints
 from megaeva.config import dump
 from megaeva.config.schema import LoopConfig
 from megaeva.loop.launch import launch, run_module
@@ -62,6 +63,8 @@ def run_stage(cfg: LoopConfig, ledger: Ledger, stage: Stage) -> None:
     recipe.parent.mkdir(parents=True, exist_ok=True)
     dump(stage.config, recipe)
     log_path = Path(cfg.run_dir) / "logs" / f"{file_name}.log"
+    for change in stage.changes:
+        print(f"  {change}")
     ledger.start(stage.name, stage.config, _finish_times(ledger, stage), stage.changes)
     started_at = time.monotonic()
     try:
@@ -109,7 +112,7 @@ def check_ledger(ledger: Ledger, stages: list[Stage]) -> None:
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run folder holds at least one complete checkpoint."""
-    return any((run_dir / "checkpoints").glob("step_*[0-9]"))
+    return bool(complete_checkpoints(run_dir / FOLDER_NAME))
 
 
 def read_eval(run_dir: Path) -> dict[str, dict[str, float]]:

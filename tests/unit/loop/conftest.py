@@ -30,6 +30,13 @@ MIM = {
 }
 
 
+def make_checkpoint(run_dir: Path) -> None:
+    """What counts as a finished checkpoint."""
+    folder = run_dir / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "megaeva.json").write_text("{}")
+
+
 class FakeLoop:
     """Recipes in a folder, and a `launch` that records its calls instead of training."""
 
@@ -66,13 +73,15 @@ class FakeLoop:
         self.path.write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         return load_loop(self.path)
 
+    make_checkpoint = staticmethod(make_checkpoint)
+
     def launch(self, recipe, overrides, launch, log_path, resume=False, *, stage="train") -> None:
         self.calls.append((stage, resume))
         config = load(recipe, overrides)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         if stage != self.fail_at or self.leave_checkpoint:
-            (run_dir / "checkpoints" / "step_00000010").mkdir(parents=True, exist_ok=True)
+            make_checkpoint(run_dir)
         if stage == self.fail_at:
             raise RuntimeError("this stage dies")
         (run_dir / "finished.json").write_text(json.dumps({"num_parameters": 100 + len(stage), "samples": 1}))

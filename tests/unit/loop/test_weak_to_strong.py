@@ -53,6 +53,12 @@ def test_stage_without_checkpoint_starts_afresh_even_with_a_new_recipe(loop) -> 
     assert loop.calls[0] == ("one/distil", False)
 
 
+def test_checkpoint_that_a_kill_left_unfinished_is_not_continued(loop) -> None:
+    (loop.run_dir / "teacher" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    run_loop(loop.config(), loop.path)
+    assert loop.calls[0] == ("teacher", False)
+
+
 def test_changed_recipe_of_a_finished_stage_names_its_keys(loop) -> None:
     run_loop(loop.config(), loop.path)
     loop.calls.clear()
@@ -78,7 +84,7 @@ def test_deleted_stage_is_made_again_with_all_that_follows(loop) -> None:
 
 
 def test_checkpoints_of_someone_else_are_left_alone(loop) -> None:
-    (loop.run_dir / "teacher" / "checkpoints" / "step_00000500").mkdir(parents=True)
+    loop.make_checkpoint(loop.run_dir / "teacher")
     with pytest.raises(LedgerError, match="knows no stage teacher"):
         run_loop(loop.config(), loop.path)
 
