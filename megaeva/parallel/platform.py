@@ -64,6 +64,11 @@ class _TransformerEngineGuard(importlib.abc.MetaPathFinder):
 transformer_engine_failure: list[str] = []
 """Why importing an installed Transformer Engine failed, innermost first; empty when it works or is not installed."""
 
+# What mcore says on import and torch at each collective, which no user of ours can act on: apex is optional, and the
+# renamed collectives are mcore's to call. Delete with the mcore version that no longer says it.
+warnings.filterwarnings("ignore", message="Apex is not installed")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+
 if not any(isinstance(finder, _TransformerEngineGuard) for finder in sys.meta_path):
     sys.meta_path.insert(0, _TransformerEngineGuard())
 
@@ -80,7 +85,7 @@ def require_transformer_engine() -> None:
         reason = transformer_engine_failure[0] if transformer_engine_failure else str(error)
         raise UserError(
             f"layer_spec='te' needs Transformer Engine, which does not import here ({reason}); it must be built for "
-            "this torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH, "
+            "this torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH "
             "or use layer_spec='local'."
         ) from error
 
