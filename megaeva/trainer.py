@@ -179,6 +179,12 @@ class Trainer:
         """Restore weights, optimizer and data position; returns the next step."""
         grid = self.task.grid
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_rank=grid.dp_rank)
+        if state.loader_state is None:
+            raise CheckpointError(
+                f"{checkpoint} was saved by another number of data ranks than the {grid.dp_size} of this job; its "
+                f"place in the data is known for those ranks only. Resume with as many, or start a new run from its "
+                f"weights with init.clip={checkpoint} and another run_dir."
+            )
         self.loader.load_state_dict(state.loader_state)
         return state.step
 

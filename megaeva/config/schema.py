@@ -124,7 +124,7 @@ class InitSection(Section):
 
 
 class AugmentSection(Section):
-    """Training crop. Evaluation resizes the shortest edge and crops the centre (`crop`) or resizes directly (`squash`)."""
+    """Training crop."""
 
     scale: tuple[float, float] = Field((0.9, 1.0), description="area share of RandomResizedCrop")
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -227,6 +227,9 @@ class EvalSection(Section):
     retrieval: dict[str, RetrievalSection] = {}
     zero_shot: dict[str, ZeroShotSection] = {}
     resize: Literal["crop", "squash"] = "crop"
+    crop_share: float = Field(
+        1.0, gt=0.0, le=1.0, description="crop: the centre's share of the resized shortest edge (timm's crop_pct)"
+    )
     batch_size: int = Field(64, ge=1)
     every_steps: int | None = None
 

@@ -1,8 +1,9 @@
 """Batches for evaluation: every sample once, in file order, dealt out to the data ranks."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +54,7 @@ def eval_batches(
     decoder: DecoderName = "auto",
     platform: Literal["auto", "cpu", "cuda"] = "auto",
     max_image_pixels: int = 64_000_000,
+    crop_share: float = 1.0,
 ) -> Iterator[EvalBatch]:
     """Batches of up to `batch_size` in file order; sample i of the set goes to rank i % data_size, each once.
 
@@ -71,7 +73,8 @@ def eval_batches(
         if place % data_size == data_rank
     )
     for place, path, sample in mine:
-        waiting.append(_read_eval(place, path, sample, image_size, resize, max_image_pixels, tokenizer is not None))
+        crop_of = partial(eval_crop, image_size=image_size, resize=resize, crop_share=crop_share)
+        waiting.append(_read_eval(place, path, sample, crop_of, max_image_pixels, tokenizer is not None))
         if len(waiting) == batch_size:
             yield _eval_batch(waiting, decode, tokenizer)
             waiting = []
@@ -93,8 +96,7 @@ def _read_eval(
     place: int,
     path: Path,
     sample: RawSample,
-    image_size: int,
-    resize: Literal["crop", "squash"],
+    crop_of: Callable[[int, int], Crop],
     max_pixels: int,
     needs_caption: bool,
 ) -> _Eval:
@@ -114,7 +116,7 @@ def _read_eval(
         raise _broken_eval(path, sample, str(error)) from None
     except ValueError:
         raise _broken_eval(path, sample, "bad_json") from None
-    return _Eval(place, path, sample, image, eval_crop(*image.header.size, image_size, resize), caption, meta)
+    return _Eval(place, path, sample, image, crop_of(*image.header.size), caption, meta)
 
 
 def _broken_eval(path: Path, sample: RawSample, reason: str) -> DataError:

@@ -70,10 +70,12 @@ def _centred_within_ratio(width: int, height: int, ratio: tuple[float, float]) -
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
-def eval_crop(width: int, height: int, image_size: int, resize: Literal["crop", "squash"]) -> Crop:
+def eval_crop(
+    width: int, height: int, image_size: int, resize: Literal["crop", "squash"], crop_share: float = 1.0
+) -> Crop:
     """The deterministic evaluation crop of a `width` x `height` image.
 
-    crop: shortest edge to `image_size`, then the centre, as torchvision's Resize and CenterCrop (up to the resampling
+    crop: shortest edge to `image_size` / `crop_share`, then the centre, as torchvision's Resize and CenterCrop (up to the resampling
     phase in images more than four times as long as wide: their ends, which the centre never shows, are cut first, so
     that a 60,000 x 1 image is not blown up). squash: both edges to `image_size`.
     """
@@ -85,7 +87,8 @@ def eval_crop(width: int, height: int, image_size: int, resize: Literal["crop", 
     elif height > _LONGEST_SIDE * width:
         top, height = (height - _LONGEST_SIDE * width) // 2, _LONGEST_SIDE * width
     short = min(width, height)
-    resized_width, resized_height = int(image_size * width / short), int(image_size * height / short)
+    edge = round(image_size / crop_share)
+    resized_width, resized_height = int(edge * width / short), int(edge * height / short)
     return Crop(
         left,
         top,

@@ -125,6 +125,7 @@ def _encode(
         section.shards,
         image_size=cfg.model.vision.image_size,
         resize=cfg.eval.resize,
+        crop_share=cfg.eval.crop_share,
         batch_size=cfg.eval.batch_size,
         data_rank=grid.dp_rank,
         data_size=grid.dp_size,

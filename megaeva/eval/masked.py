@@ -49,6 +49,7 @@ def evaluate_masked(
                     section.shards,
                     image_size=cfg.model.vision.image_size,
                     resize=cfg.eval.resize,
+                    crop_share=cfg.eval.crop_share,
                     batch_size=cfg.eval.batch_size,
                     data_rank=grid.dp_rank,
                     data_size=grid.dp_size,

@@ -1,10 +1,11 @@
 """Contrastive training of a CLIP: symmetric InfoNCE over the global batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
@@ -16,7 +17,7 @@ from megaeva.model.init import init_weights
 from megaeva.parallel.grid import build_grid
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import global_step
-from megaeva.parallel.wrap import wrap
+from megaeva.parallel.wrap import Tower, wrap
 
 
 class Contrastive:
@@ -35,17 +36,20 @@ class Contrastive:
         )
         init_weights(self.model, seed=cfg.seed, task="contrastive", grid=self.grid)
         self.start_report = self._load_start()
-        modules = {"vision": self.model.vision, "text": self.model.text, "scale": self.model.scale}
-        self.towers = [wrap(name, module, self.grid, cfg.parallel) for name, module in modules.items()]
+        self.towers: Sequence[Tower] = [
+            wrap(name, module, self.grid, cfg.parallel) for name, module in self._modules().items()
+        ]
         self.vision, self.text, self.scale = (tower.ddp for tower in self.towers)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"vision": self.model.vision, "text": self.model.text, "scale": self.model.scale}
 
     def _load_start(self) -> list[str]:
         """A whole CLIP keeps everything; towers joined for the first time get a fresh projection, head and scale."""
         start, model = self.cfg.init, self.model
         reports = []
         if start.clip:
-            modules = {"vision": model.vision, "text": model.text, "scale": model.scale}
-            reports.append(load_weights(start.clip, modules, self.grid))
+            reports.append(load_weights(start.clip, self._modules(), self.grid))
         if start.vision:
             # inner_norm of attention is a CLIP-only part of EVA-02 B and L: MIM weights do not have it.
             fresh = ("vision.head", "vision.blocks.layers.*.self_attention.inner_norm")
@@ -58,8 +62,9 @@ class Contrastive:
         """Unnormalised image and text embeddings, [B, E] each."""
         return self.vision(batch.image_BCHW, batch.keep_BK), self.text(batch.token_BL)
 
-    def loss(self, image_BE: Tensor, text_BE: Tensor) -> Tensor:  # type: ignore[override]
-        """The mean over the global batch and both directions."""
+    def loss(self, *features: Tensor) -> Tensor:
+        """The mean over the global batch and both directions, of image_BE and text_BE."""
+        image_BE, text_BE = features
         return clip_loss(image_BE, text_BE, self.scale(), group=self.grid.groups.dp)
 
     def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
@@ -74,4 +79,5 @@ class Contrastive:
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Zero-shot and retrieval figures of the sets in `cfg.eval`."""
-        return evaluate(self.model, self.cfg, grid=self.grid, device=self.runtime.device)
+        predictions = Path(self.cfg.run_dir) / "predictions.json"
+        return evaluate(self.model, self.cfg, grid=self.grid, device=self.runtime.device, predictions=predictions)

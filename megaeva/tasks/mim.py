@@ -1,6 +1,7 @@
 """Masked feature distillation: the student sees masked patches, the frozen teacher the whole crop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
 from megaeva.errors import ConfigError
+from megaeva.eval.masked import evaluate_masked
 from megaeva.losses.feature_distill import negative_cosine_share
 from megaeva.model.init import init_weights
 from megaeva.model.mim_student import MIMStudent
@@ -21,7 +23,7 @@ from megaeva.parallel.collectives import all_sum
 from megaeva.parallel.grid import build_grid
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import local_step
-from megaeva.parallel.wrap import wrap
+from megaeva.parallel.wrap import Tower, wrap
 
 
 class MIM:
@@ -29,7 +31,7 @@ class MIM:
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         assert cfg.mim is not None, "config.validate requires it for this task"
-        self.runtime = runtime
+        self.cfg, self.runtime = cfg, runtime
         self.grid = build_grid(cfg.parallel.vision, runtime)
         self.teacher, teacher_dim, report = self._load_teacher(cfg)
         self.student = MIMStudent(
@@ -47,7 +49,7 @@ class MIM:
             self.start_report += load_weights(
                 cfg.init.vision, {"vision": self.student.vision}, self.grid, skip=("vision.head",)
             ).lines()
-        self.towers = [wrap("student", self.student, self.grid, cfg.parallel)]
+        self.towers: Sequence[Tower] = [wrap("student", self.student, self.grid, cfg.parallel)]
         self.num_global_tokens = 0.0
 
     def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, list[str]]:
@@ -91,5 +93,8 @@ class MIM:
         return {"masked_tokens": self.num_global_tokens}
 
     def evaluate(self) -> dict[str, Any]:
-        """A distilled tower has no text side to be measured with; its contrastive run is."""
-        return {}
+        """The cosine behind the mask on the sets of `cfg.eval.retrieval`."""
+        examples = Path(self.cfg.run_dir) / "masked.json"
+        return evaluate_masked(
+            self.student, self.teacher, self.cfg, grid=self.grid, device=self.runtime.device, examples=examples
+        )

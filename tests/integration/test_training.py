@@ -130,8 +130,10 @@ def test_not_finite_loss_names_step_samples_and_checkpoint(tmp_path: Path, shard
 
 
 def test_a_run_folder_in_use_is_not_overwritten(tmp_path: Path, shards: str) -> None:
-    recipe = write_recipe(tmp_path, shards, train={"total_samples": 8, "global_batch_size": 8, "precision": "fp32"})
-    assert finish(start(recipe))[0] == 0
+    train = {"total_samples": 32, "global_batch_size": 8, "precision": "fp32"}
+    recipe = write_recipe(tmp_path, shards, train=train)
+    code, out, err = finish(start(recipe))
+    assert code == 0, out + err
     code, _, err = finish(start(recipe))
     assert code == 2
     assert "--resume" in err
