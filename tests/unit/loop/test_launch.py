@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megaeva.config.schema import LaunchSection
+from megaeva.loop.agent import _suspicion
 from megaeva.loop.launch import (
     StageFailedError,
     StageInterruptedError,
@@ -156,3 +157,17 @@ def test_last_error_skips_noise() -> None:
         "W1123 10:00:00 torch/distributed/elastic: Sending process 12 closing signal SIGTERM",
     ]
     assert last_error(lines) == "torch.OutOfMemoryError: 12 GiB wanted"
+
+
+def test_cause_comes_before_consequences() -> None:
+    class Failure:
+        def __init__(self, exitcode: int, message: object, timestamp: int) -> None:
+            self.exitcode, self.message, self.timestamp = exitcode, message, timestamp
+
+    stopped = Failure(-signal.SIGTERM, "", 1)
+    lost = Failure(1, {"message": "RuntimeError: Connection reset by peer"}, 2)
+    killed = Failure(-signal.SIGKILL, "Signal 9", 3)
+    raised = Failure(2, {"message": "DataError: no captions"}, 3)
+    assert min([lost, stopped, killed], key=_suspicion) is killed
+    assert min([stopped, lost, raised], key=_suspicion) is raised
+    assert min([stopped, lost], key=_suspicion) is stopped
