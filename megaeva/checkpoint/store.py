@@ -249,7 +249,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 class _agreed:
-    """A block without unfinished collectives; if it raises on one rank, it raises on all."""
+    """A block that, if it raises on one rank, raises on all; for blocks that raise after their collectives."""
 
     def __enter__(self) -> None:
         return None

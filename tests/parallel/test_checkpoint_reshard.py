@@ -81,6 +81,12 @@ def load_others(runtime: Runtime, tp: int, folders: list[Path]) -> list[dict[str
     return results
 
 
+def save_and_load_others(
+    runtime: Runtime, tp: int, folder: Path, others: list[Path]
+) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, dict[str, Tensor]]]]:
+    return save_and_continue(runtime, tp, folder), load_others(runtime, tp, others)
+
+
 def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
     """A disk that is full for the last rank only: what every rank is told, and that a later save works."""
     run = Run(runtime, 1)
@@ -90,6 +96,8 @@ def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
     for place in ("plan_write", "write_data"):
 
         def full(*args: Any, **kwargs: Any) -> Any:
+            if args[0:1] and isinstance(args[0], dict):
+                original[0](*args)  # its collective is behind it
             raise OSError(28, "No space left on device")
 
         if runtime.rank == runtime.world_size - 1:
@@ -100,32 +108,29 @@ def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
         except CheckpointError as error:
             texts.append(str(error))
         torch_dist.plan_write, torch_dist.dcp.FileSystemWriter.write_data = original  # type: ignore[method-assign]
+        torch.distributed.barrier()  # rank 0 removes the half-written folder before it raises
         assert [path.name for path in good.parent.iterdir()] == [good.name]
-        runtime_barrier()
+        torch.distributed.barrier()
     run.save(folder, 3)
     return texts
 
 
-def runtime_barrier() -> None:
-    torch.distributed.barrier()
-
-
 def test_resume_and_reshard(tmp_path: Path) -> None:
     folders = [tmp_path / f"tp{tp}_dp{ranks // tp}" for ranks, tp in TOPOLOGIES]
-    saved = [
-        run_ranks(save_and_continue, ranks, tp, folder)[0]
-        for (ranks, tp), folder in zip(TOPOLOGIES, folders, strict=True)
-    ]
-    for result in saved:
-        for name, tensor in result["end"].items():
-            assert torch.equal(result["resumed"][name], tensor), f"{name}: not bit for bit"
-    for ranks, tp in TOPOLOGIES:
-        for folder, source, result in zip(folders, saved, run_ranks(load_others, ranks, tp, folders)[0], strict=True):
+    saved: list[dict[str, dict[str, Tensor]]] = []
+    # Each topology reads those before it; one process reads all in the end.
+    for (ranks, tp), folder in zip([*TOPOLOGIES, (1, 1)], [*folders, tmp_path / "last_dp1"], strict=True):
+        own, others = run_ranks(save_and_load_others, ranks, tp, folder, folders[: len(saved)])[0]
+        for name, tensor in own["end"].items():
+            assert torch.equal(own["resumed"][name], tensor), f"{name}: not bit for bit"
+        for origin, source, result in zip(folders, saved, others, strict=False):
             for name, tensor in source["at save"].items():
-                assert torch.equal(result["as loaded"][name], tensor), (folder.name, ranks, tp, name)
-                assert torch.equal(result["weights"][name], tensor), (folder.name, ranks, tp, name)
+                assert torch.equal(result["as loaded"][name], tensor), (origin.name, ranks, tp, name)
+                assert torch.equal(result["weights"][name], tensor), (origin.name, ranks, tp, name)
                 error = (result["end"][name] - source["end"][name]).norm() / source["end"][name].norm()
-                assert error < 1e-5, (folder.name, ranks, tp, name, error.item())
+                assert error < 1e-5, (origin.name, ranks, tp, name, error.item())
+        assert len(others) == len(saved)
+        saved.append(own)
 
 
 def test_a_failure_of_one_rank_is_told_to_all(tmp_path: Path) -> None:

@@ -113,9 +113,16 @@ def _lamb_step(
             p -= group["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t) * ratio * u
 
 
+Result = dict[str, tuple[list[float], dict[str, Tensor]]]
+
+
+def on_one_process(runtime: Runtime) -> tuple[Result, Result]:
+    return train(runtime, 1), train_by_formula(runtime)
+
+
 @pytest.fixture(scope="module")
-def single() -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    return run_ranks(train, 1, 1)[0]
+def single_and_formula() -> tuple[Result, Result]:
+    return run_ranks(on_one_process, 1)[0]
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -128,16 +135,14 @@ def assert_equal(got: Any, expected: Any) -> None:
             assert error < 1e-5, (variant, name, error.item())
 
 
-def test_one_process_equals_the_formulas(single: dict[str, tuple[list[float], dict[str, Tensor]]]) -> None:
-    (expected,) = run_ranks(train_by_formula, 1)
-    assert_equal(single, expected)
+def test_one_process_equals_the_formulas(single_and_formula: tuple[Result, Result]) -> None:
+    single, by_formula = single_and_formula
+    assert_equal(single, by_formula)
     norms = single["adamw"][0]
     assert min(norms) < 2.0 < max(norms), "the clip must bind in some steps only"
 
 
 @pytest.mark.parametrize(("num_ranks", "tp"), TOPOLOGIES)
-def test_ranks_equal_one_process(
-    single: dict[str, tuple[list[float], dict[str, Tensor]]], num_ranks: int, tp: int
-) -> None:
+def test_ranks_equal_one_process(single_and_formula: tuple[Result, Result], num_ranks: int, tp: int) -> None:
     for result in run_ranks(train, num_ranks, tp):
-        assert_equal(result, single)
+        assert_equal(result, single_and_formula[0])
