@@ -4,6 +4,7 @@ The nodes of the YAML tree are walked by hand, so that every key keeps the file 
 mistakes in one file are all noted.
 """
 
+import copy
 import difflib
 import json
 import math
@@ -258,12 +259,14 @@ def _apply_override(source: Source, text: str) -> None:
 
 
 def gather(path: Path, overrides: Sequence[str]) -> tuple[Source, dict[str, Any]]:
-    """Base, recipe and overrides merged, before the variant; beside it the base's own values."""
+    """Base, recipe and overrides merged, before the variant; beside it the base's own values (the recipe's, if it has no base)."""
     source, own = Source(), Source()
     own.values = _read(path, own)
     base_name = own.values.pop("base", None)
     base_values: dict[str, Any] = {}
-    if base_name is not None:
+    if base_name is None:
+        base_values = copy.deepcopy(own.values)
+    else:
         keys: Keys = ("base",)
         if not isinstance(base_name, str):
             own.fail(keys, "must be the name of one file", "a recipe has at most one base", base_name)

@@ -47,7 +47,7 @@ def _clip_fc1(width: int, layers: int, layer: int) -> float:
 #
 # EVA: BEiT's scheme, attn.proj and the last MLP projection rescaled by depth (asuka/modeling_pretrain.py).
 # EVA-CLIP multiplies a fresh head by 0.001 (facts.md 4c); that factor is left out. The loss normalises embeddings, so
-# the forward pass does not feel it, but Adam's first steps then overwrite the head with the signs of one batch's gradient.
+# the forward pass does not feel it, but Adam's first steps overwrite the head with the signs of one batch's gradient.
 # Measured from scratch, AdamW lr 2e-3 without warm-up on 6 pairs: loss 0.65 after 60 steps with it, 0.005 without; with
 # warm-up, clipping and 512 pairs, 240 steps, two seeds: 0.52, 0.63 with it, 0.51, 0.50 without. Upstream starts from
 # pretrained towers with 2,000 steps of LAMB warm-up; not measured here.

@@ -16,7 +16,7 @@ class PreNormLayer(TransformerLayer):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
     A TransformerLayer, so that TransformerBlock, recomputation and pipeline schedules take it, with a forward of its
-    own: mcore's adds dropout and inference paths that ViTs do not have, a third of a layer's time at demo size.
+    own: mcore's has dropout, inference and offloading paths that ViTs do not use, and no place for drop path.
     """
 
     def __init__(

