@@ -31,12 +31,15 @@ PYTHON_REQUIRES = ">=3.11,<3.12"
 INSTALL_REQUIRES = [
     "torch>=2.13",
     "megatron-core~=0.16.1",
+    "einops",  # megatron.core.hyper_comm_grid fails without it, and does not declare it
+    "ftfy",  # the CLIP tokenizer's cleaning
     "numpy",
     "packaging",
     "pillow",
     "psutil",  # megatron.core.dist_checkpointing fails at save without it, and does not declare it
     "pydantic>=2.7",
     "pyyaml",
+    "regex",  # the CLIP tokenizer's word split
     "rich",
     "safetensors",
     "tensorboard",
