@@ -44,6 +44,8 @@ def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) ->
     """A tower whose gradients are summed over `grid`'s data-parallel ranks. All ranks of the grid call it together.
 
     Gradients are kept and reduced in fp32; with `parallel.distributed_optimizer` the reduction is a reduce-scatter.
+    `parallel.overlap_grad_reduce` needs no `no_sync`: in the first step mcore counts how often each gradient is added,
+    over all microbatches, and from the second on reduces a bucket when that count is reached.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return Tower(name, module, module, grid)

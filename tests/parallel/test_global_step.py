@@ -1,0 +1,104 @@
+"""The two passes of a global step: drop path is replayed, and overlapped reduction changes nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaeva.config.schema import AxesSection, Config, OptimSection, ParallelSection, TowerOptimSection, TrainSection
+from megaeva.data.batch import Batch
+from megaeva.optim.build import build_optimizer
+from megaeva.parallel.runtime import Runtime, seed_pass
+from megaeva.parallel.shards import gather_full
+from megaeva.tasks.contrastive import Contrastive
+from tests.helpers.spawn import run_ranks
+from tests.helpers.tiny import example_images, example_tokens, tiny
+
+MODEL = tiny("EVA02-CLIP-L-14", drop_path=0.5)
+NUM_SAMPLES, STEPS = 8, 4
+
+
+def recipe(parallel: ParallelSection, precision: str) -> Config:
+    return Config(
+        task="contrastive",
+        run_dir="unused",
+        model=MODEL,
+        parallel=parallel,
+        optim=OptimSection(vision=TowerOptimSection(lr=1e-2), clip_grad_norm=1.0),
+        train=TrainSection(total_samples=64, global_batch_size=NUM_SAMPLES, precision=precision),
+    )
+
+
+def batches(runtime_rank: int, num_ranks: int, num_microbatches: int) -> list[Batch]:
+    """This data rank's microbatches of the same eight samples."""
+    whole = Batch(
+        example_images(MODEL, NUM_SAMPLES), tuple(map(str, range(NUM_SAMPLES))), example_tokens(MODEL, NUM_SAMPLES)
+    )
+    mine = whole.split(NUM_SAMPLES // num_ranks)[runtime_rank]
+    return mine.split(len(mine) // num_microbatches)
+
+
+def replayed_and_direct(runtime: Runtime) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
+    """Gradients and loss of four microbatches by `global_step`, and by one graph over all of them."""
+    task = Contrastive(recipe(ParallelSection(distributed_optimizer=False), "fp32"), runtime)
+    parts = batches(0, 1, 4)
+    loss = task.step(parts, lambda index: seed_pass(0, 5, index, 0))
+    parameters = {f"{t.name}.{n}": p for t in task.towers for n, p in t.module.named_parameters()}
+    by_step = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
+    features = []
+    for index, part in enumerate(parts):
+        seed_pass(0, 5, index, 0)
+        features.append((task.model.encode_image(part.image_BCHW), task.model.encode_text(part.token_BL)))
+    exact = task.loss(*(torch.cat(modality) for modality in zip(*features, strict=True)))
+    direct = dict(zip(parameters, torch.autograd.grad(exact, list(parameters.values())), strict=True))
+    return by_step, direct, loss.item(), exact.item()
+
+
+def test_drop_path_is_the_same_in_both_passes() -> None:
+    ((by_step, direct, loss, exact),) = run_ranks(replayed_and_direct, 1)
+    assert abs(loss - exact) <= 1e-6 * abs(exact)
+    whole = torch.cat([gradient.flatten() for gradient in direct.values()]).norm()
+    for name, gradient in direct.items():
+        difference = (by_step[name] - gradient).norm()
+        assert difference <= 1e-5 * max(gradient.norm(), 1e-3 * whole), name
+
+
+def train(runtime: Runtime, tp: int, precision: str, num_microbatches: int) -> list[dict[str, Tensor]]:
+    """Whole weights after some steps with reduction at the end, and with reduction during the backward pass."""
+    results = []
+    for overlap in (False, True):
+        axes = AxesSection(tp=tp)
+        parallel = ParallelSection(vision=axes, text=axes, distributed_optimizer=True, overlap_grad_reduce=overlap)
+        cfg = recipe(parallel, precision)
+        task = Contrastive(cfg, runtime)
+        optimizer, rate = build_optimizer(task.towers, cfg)
+        parts = batches(task.grid.dp_rank, task.grid.dp_size, num_microbatches)
+        for step in range(STEPS):
+            rate.set(step)
+            task.step(parts, lambda index, step=step, rank=task.grid.dp_rank: seed_pass(0, step, index, rank))
+            assert optimizer.step()[0]
+            task.after_step()
+        results.append(
+            {
+                f"{tower.name}.{name}": gather_full(parameter, parameter, tower.grid).clone()
+                for tower in task.towers
+                for name, parameter in tower.module.named_parameters()
+            }
+        )
+    return results
+
+
+def assert_same_on_all(per_rank: list[Any]) -> None:
+    plain = per_rank[0][0]
+    assert plain["scale.log_scale"].dtype == torch.float32
+    for results in per_rank:
+        for weights in results:
+            assert weights.keys() == plain.keys()
+            # Two summands: their order cannot matter, so not a bit may differ.
+            unequal = [name for name, weight in weights.items() if not torch.equal(weight, plain[name])]
+            assert not unequal, unequal
+
+
+def test_overlapped_reduction_gives_the_same_weights_on_every_rank() -> None:
+    assert_same_on_all(run_ranks(train, 2, 1, "fp32", 2))
+    assert_same_on_all(run_ranks(train, 2, 1, "bf16", 1))
