@@ -57,6 +57,17 @@ _EVA_VISION: tuple[tuple[str, Deviation], ...] = (
     (r"self_attention\.linear_qkv\.weight|mlp\.linear_fc1\.weight", _constant(0.02)),
     (r"head\.weight|lm_head\.weight", _constant(0.02)),
 )
+# EVA-02 B and L, the towers with sub-LN, start distillation otherwise (`jax_init` and `subln` in asuka): Xavier, where
+# q, k, v and w1, w2 are matrices of their own; v and every later linear of a layer are enlarged by sqrt(ln(2L)), not
+# shrunk with depth. Rows: pattern, matrices stacked in the tensor, enlarged. Upstream's patch embedding is
+# Xavier-uniform; here it is normal with the same deviation.
+_SUB_LN_MIM: tuple[tuple[str, int, bool], ...] = (
+    (r"self_attention\.linear_qkv\.weight", 3, False),
+    (r"mlp\.linear_fc1\.weight", 2, True),
+    (r"self_attention\.linear_proj\.weight|mlp\.linear_fc2\.weight", 1, True),
+    (r"patch_embed\.weight|lm_head\.weight", 1, False),
+)
+# Not copied: BEiT cuts its draws at one deviation, which leaves 0.54 of it; EVA-CLIP's own code, as here, at +-2.
 # OpenAI and open_clip draw the embeddings and the projection with width^-0.5 and leave the vision blocks to PyTorch's
 # defaults; their text scheme, written for the same blocks, is used for both towers here.
 _CLIP_BLOCKS: tuple[tuple[str, Deviation], ...] = (
@@ -85,6 +96,19 @@ def _draw(shape: torch.Size, deviation: float, seed: int, key: str) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(shape), std=deviation, generator=generator)
 
 
+def _sub_ln_value(name: str, shape: torch.Size, section: VisionSection, seed: int) -> Tensor | None:
+    """A weight of the start of a sub-LN tower's distillation; None where the general table holds."""
+    for pattern, stacked, enlarged in _SUB_LN_MIM:
+        if re.search(rf"(^|\.)({pattern})$", name):
+            gain = math.sqrt(math.log(2 * section.num_layers))
+            deviation = math.sqrt(2 / (shape[0] // stacked + shape[1:].numel()))
+            full = _draw(shape, deviation * (gain if enlarged else 1.0), seed, f"vision/{name}")
+            if stacked == 3:  # rows [q, k, v] of head 0, then of head 1, ...
+                full.view(section.num_heads, 3, -1)[:, 2] *= gain
+            return full
+    return None
+
+
 def _full_value(name: str, shape: torch.Size, tower: VisionTower | TextTower, task: Task, seed: int) -> Tensor:
     section = tower.cfg
     if _POST_NORM.search(name) and task == "mim":
@@ -96,6 +120,8 @@ def _full_value(name: str, shape: torch.Size, tower: VisionTower | TextTower, ta
         return torch.zeros(shape)
     table = _TEXT
     if isinstance(section, VisionSection):
+        if task == "mim" and section.sub_ln_mlp and (drawn := _sub_ln_value(name, shape, section, seed)) is not None:
+            return drawn
         table = _CLIP_VISION if section.ln_pre else _EVA_VISION
     for pattern, deviation in table:
         if re.search(rf"(^|\.)({pattern})$", name):
@@ -114,7 +140,7 @@ def init_weights(module: nn.Module, *, seed: int, task: Task, grid: Grid) -> Non
 
     Args:
         grid: of the towers in `module`; for a CLIPModel with two grids call it on each tower.
-        task: "mim" starts post-norm layers as the identity.
+        task: "mim" starts post-norm layers as the identity, and sub-LN towers from Xavier's deviations.
 
     Raises:
         AssertionError: a parameter that no row of the tables explains.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
@@ -51,8 +52,10 @@ class Contrastive:
         if start.clip:
             reports.append(load_weights(start.clip, self._modules(), self.grid))
         if start.vision:
-            # inner_norm of attention is a CLIP-only part of EVA-02 B and L: MIM weights do not have it.
-            fresh = ("vision.head", "vision.blocks.layers.*.self_attention.inner_norm")
+            fresh = ["vision.head"]
+            if not read_model_section(start.vision).vision.sub_ln_attention:
+                # EVA-02 B and L are distilled without this norm; the CLIP starts it at weight 1, bias 0.
+                fresh.append("vision.blocks.layers.*.self_attention.inner_norm")
             reports.append(load_weights(start.vision, {"vision": model.vision}, self.grid, skip=fresh))
         if start.text:
             reports.append(load_weights(start.text, {"text": model.text}, self.grid, skip=("text.head",)))

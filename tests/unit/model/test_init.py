@@ -1,5 +1,7 @@
 """Fresh weights: deviations of the table, starts of the two tasks, independence of where a tower sits."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,28 @@ def test_eva_deviations() -> None:
     assert weights["scale.log_scale"].item() == pytest.approx(2.6592600369327783)
 
 
+def test_distillation_of_sub_ln_towers_starts_from_xavier() -> None:
+    cfg = ModelSection.model_validate(VARIANTS["EVA02-CLIP-B-16"]).vision.model_copy(update={"num_layers": 2})
+    grid = single_grid()
+    student = MIMStudent(cfg, 1024, grid=grid)
+    init_weights(student, seed=0, task="mim", grid=grid)
+    weights = {name: param.detach() for name, param in student.named_parameters()}
+    layer, gain = "vision.blocks.layers.1.", math.log(4) ** 0.5
+    qkv = weights[layer + "self_attention.linear_qkv.weight"].view(12, 3, 64, 768)
+    for value, expected in (
+        (qkv[:, 0], 768**-0.5),
+        (qkv[:, 1], 768**-0.5),
+        (qkv[:, 2], 768**-0.5 * gain),
+        (weights[layer + "self_attention.linear_proj.weight"], 768**-0.5 * gain),
+        (weights[layer + "mlp.linear_fc1.weight"], (2 / (768 + 2048)) ** 0.5 * gain),
+        (weights[layer + "mlp.linear_fc2.weight"], (2 / (768 + 2048)) ** 0.5 * gain),
+        (weights["lm_head.weight"], (2 / (768 + 1024)) ** 0.5),
+        (weights["vision.patch_embed.weight"], (2 / (768 + 3 * 16 * 16)) ** 0.5),
+        (weights["vision.pos_embed"], 0.02),
+    ):
+        assert value.std().item() == pytest.approx(expected, rel=4 / value.numel() ** 0.5)
+
+
 def test_distillation_starts_post_norm_layers_as_the_identity() -> None:
     cfg = tiny("EVA02-CLIP-bigE-14").vision
     grid = single_grid()
@@ -60,7 +84,7 @@ def test_distillation_starts_post_norm_layers_as_the_identity() -> None:
 
 
 def test_weights_depend_on_seed_and_name_only() -> None:
-    cfg = tiny("EVA02-CLIP-L-14")
+    cfg = tiny("EVA-CLIP-8B")  # pre-norm, no sub-LN: both tasks start it alike
     grid = single_grid()
     clip = _clip(cfg)
     student = MIMStudent(cfg.vision, 20, grid=grid)
