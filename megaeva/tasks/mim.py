@@ -55,11 +55,12 @@ class MIM:
     def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, list[str]]:
         assert cfg.teacher is not None
         section = read_model_section(cfg.teacher.checkpoint)
-        if section.vision.num_patches != cfg.model.vision.num_patches:
+        sizes = [(vision.image_size, vision.patch_size) for vision in (section.vision, cfg.model.vision)]
+        if sizes[0] != sizes[1]:
             raise ConfigError(
-                f"teacher.checkpoint={cfg.teacher.checkpoint} has {section.vision.num_patches} patches an image, the "
-                f"student model.vision has {cfg.model.vision.num_patches}; targets are compared patch by patch, so "
-                f"both must have the same grid: change model.vision.image_size or patch_size."
+                f"teacher.checkpoint={cfg.teacher.checkpoint} sees {sizes[0][0]} px images in patches of {sizes[0][1]} "
+                f"px, the student model.vision {sizes[1][0]} px in patches of {sizes[1][1]}; both see one crop and are "
+                f"compared patch by patch, so these must be equal: change model.vision.image_size and patch_size."
             )
         tower = VisionTower(
             section.vision,
