@@ -30,6 +30,7 @@ from megaeva.errors import DataError
 
 IMAGE_EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
 _READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
+_MAX_MEMBER_BYTES = 256 * 2**20  # a sparse member of a few bytes can claim terabytes
 _EMPTY_CHECKED_SHARDS = 10_000  # beyond this a stat of each file takes too long on a network file system
 
 
@@ -149,7 +150,8 @@ def read_shard(path: Path) -> Iterator[RawSample]:
     """The samples of a tar shard in file order: consecutive members with the same key are one sample.
 
     What cannot be used comes with a `problem`: "unsafe_name" (absolute, `..` or a link; nothing is ever written to disk
-    under a member's name), "duplicate_member", "damaged_shard" (the tar ends early; what follows is lost).
+    under a member's name), "duplicate_member", "too_large" (a member above 256 MiB, not read), "damaged_shard" (the tar
+    ends early; what follows is lost).
 
     Raises:
         DataError: the shard cannot be opened, is no tar, or holds no sample.
@@ -186,6 +188,9 @@ def read_shard(path: Path) -> Iterator[RawSample]:
                 if extension in _READ_EXTENSIONS:
                     if extension in group.files:
                         group = RawSample(path.name, key, index, group.files, "duplicate_member")
+                        continue
+                    if member.size > _MAX_MEMBER_BYTES:
+                        group = RawSample(path.name, key, index, group.files, "too_large")
                         continue
                     content = tar.extractfile(member)
                     assert content is not None  # a regular file

@@ -102,6 +102,12 @@ def test_unsafe_members_are_never_samples(tmp_path: Path) -> None:
     assert not any(s.files for s in samples if s.problem)
 
 
+def test_a_huge_member_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaeva.data.shards._MAX_MEMBER_BYTES", 4)
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"12345"), ("a.txt", b"a"), ("b.jpg", b"1234"), ("b.txt", b"b")])
+    assert [(s.key, s.problem, s.image) for s in read_shard(path)] == [("a", "too_large", None), ("b", None, b"1234")]
+
+
 def test_duplicate_members_and_a_cut_tar_are_problems(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.jpg", b"2"), ("b.jpg", b"3" * 3000), ("b.txt", b"b")])
     assert [s.problem for s in read_shard(path)] == ["duplicate_member", None]
