@@ -4,6 +4,7 @@ Each rule is a small generator of `Problem`. `megaeva.config.load` runs all of t
 partly wrong, so that everything is reported at once; a rule that needs an unreadable field is skipped then.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -13,6 +14,7 @@ from megaeva.config.schema import Config, LoopConfig, TextSection, VisionSection
 from megaeva.errors import ConfigError
 
 CLIP_VOCAB_SIZE = 49408
+_FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _ConfigT = TypeVar("_ConfigT", Config, LoopConfig)
 
 
@@ -288,6 +290,11 @@ def _loop_teacher(cfg: LoopConfig) -> Iterator[Problem]:
 def _loop_rounds(cfg: LoopConfig) -> Iterator[Problem]:
     if not cfg.rounds:
         yield Problem("rounds", "must hold at least one round", "add a round with name, distil and clip")
+    for i, part in enumerate(cfg.rounds):
+        # They name folders that the loop makes and, when a stage is begun anew, deletes.
+        for key, name in [(f"rounds.{i}.name", part.name), *((f"rounds.{i}.controls.{c}", c) for c in part.controls)]:
+            if not _FOLDER_NAME.fullmatch(name):
+                yield Problem(key, "must be a plain folder name: letters, digits, '_', '-' and '.'", "rename it")
     names = [r.name for r in cfg.rounds]
     for i, name in enumerate(names):
         if name in names[:i]:

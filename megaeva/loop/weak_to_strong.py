@@ -57,6 +57,11 @@ def run_stage(cfg: LoopConfig, ledger: Ledger, stage: Stage) -> None:
     """Runs one stage to its end and notes it in the ledger."""
     resume = has_checkpoint(stage.run_dir)
     if not resume and stage.run_dir.exists():
+        if stage.name not in ledger.entries and any(stage.run_dir.iterdir()):
+            raise LedgerError(
+                f"{stage.run_dir} is not empty, and {ledger.path} knows no stage {stage.name}.\n"
+                f"A stage's folder must be new or the loop's own: move it away, or choose another run_dir for the loop."
+            )
         shutil.rmtree(stage.run_dir)  # what a start without a checkpoint left: nothing to continue from
     file_name = stage.name.replace("/", "-")
     recipe = Path(cfg.run_dir) / "recipes" / f"{file_name}.yaml"

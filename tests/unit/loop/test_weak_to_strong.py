@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from megaeva.errors import ConfigError
 from megaeva.loop.ledger import Ledger, LedgerError, changed_keys
 from megaeva.loop.weak_to_strong import run_loop
 
@@ -54,7 +55,12 @@ def test_stage_without_checkpoint_starts_afresh_even_with_a_new_recipe(loop) -> 
 
 
 def test_checkpoint_that_a_kill_left_unfinished_is_not_continued(loop) -> None:
+    loop.fail_at, loop.leave_checkpoint = "teacher", False
+    with pytest.raises(RuntimeError):
+        run_loop(loop.config(), loop.path)
     (loop.run_dir / "teacher" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    loop.fail_at = None
+    loop.calls.clear()
     run_loop(loop.config(), loop.path)
     assert loop.calls[0] == ("teacher", False)
 
@@ -87,6 +93,23 @@ def test_checkpoints_of_someone_else_are_left_alone(loop) -> None:
     loop.make_checkpoint(loop.run_dir / "teacher")
     with pytest.raises(LedgerError, match="knows no stage teacher"):
         run_loop(loop.config(), loop.path)
+
+
+def test_a_folder_of_someone_else_is_not_deleted(loop) -> None:
+    theirs = loop.run_dir / "teacher" / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of work")
+    with pytest.raises(LedgerError, match="knows no stage teacher"):
+        run_loop(loop.config(), loop.path)
+    assert theirs.exists()
+    assert loop.calls == []
+
+
+@pytest.mark.parametrize("name", ["..", "../elsewhere", "/tmp", "a/b", ""])
+def test_a_name_that_leads_out_of_the_loop_is_refused(loop, name: str) -> None:
+    loop.recipe["rounds"][0]["name"] = name
+    with pytest.raises(ConfigError, match=r"rounds\.0\.name.*plain folder name"):
+        loop.config()
 
 
 def test_damaged_ledger_is_one_message(loop) -> None:
