@@ -1,7 +1,7 @@
 """Features of an evaluation set: computed by all data ranks together, the same on each of them afterwards."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaeva.data.evaluation import EvalBatch
+from megaeva.config.schema import Config
+from megaeva.data.evaluation import EvalBatch, eval_batches
+from megaeva.data.tokenizer import Tokenizer
 from megaeva.data.transforms import MEAN, STD
 from megaeva.errors import DataError
 from megaeva.parallel.grid import Grid
@@ -42,6 +44,23 @@ class Features:
     image_XE: Tensor
     text_XE: Tensor | None
     pictures: dict[str, NDArray[np.uint8]]
+
+
+def recipe_batches(cfg: Config, shards: Sequence[str], grid: Grid, tokenizer: Tokenizer | None) -> Iterator[EvalBatch]:
+    """This data rank's batches of an evaluation set, resized and decoded as the recipe says."""
+    return eval_batches(
+        shards,
+        image_size=cfg.model.vision.image_size,
+        resize=cfg.eval.resize,
+        crop_share=cfg.eval.crop_share,
+        batch_size=cfg.eval.batch_size,
+        data_rank=grid.dp_rank,
+        data_size=grid.dp_size,
+        tokenizer=tokenizer,
+        decoder=cfg.data.decoder,
+        platform=cfg.platform,
+        max_image_pixels=cfg.data.max_image_pixels,
+    )
 
 
 def encode_set(

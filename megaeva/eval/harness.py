@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from megaeva.config.schema import Config, RetrievalSection, ZeroShotSection
-from megaeva.data.evaluation import eval_batches
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError
-from megaeva.eval.features import Features, encode_set, encode_texts, gather_shares
+from megaeva.eval.features import Features, encode_set, encode_texts, gather_shares, recipe_batches
 from megaeva.eval.predictions import NUM_IMAGES, predict, write_predictions
 from megaeva.eval.retrieval import retrieval
 from megaeva.eval.zero_shot import accuracy, class_vectors, read_classes
@@ -121,19 +120,7 @@ def _encode(
     tokenizer: Tokenizer | None,
     num_pictures: int,
 ) -> Features:
-    batches = eval_batches(
-        section.shards,
-        image_size=cfg.model.vision.image_size,
-        resize=cfg.eval.resize,
-        crop_share=cfg.eval.crop_share,
-        batch_size=cfg.eval.batch_size,
-        data_rank=grid.dp_rank,
-        data_size=grid.dp_size,
-        tokenizer=tokenizer,
-        decoder=cfg.data.decoder,
-        platform=cfg.platform,
-        max_image_pixels=cfg.data.max_image_pixels,
-    )
+    batches = recipe_batches(cfg, section.shards, grid, tokenizer)
     return encode_set(
         model, batches, grid=grid, device=device, batch_size=cfg.eval.batch_size, num_pictures=num_pictures
     )

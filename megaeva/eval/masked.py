@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaeva.config.schema import Config
-from megaeva.data.evaluation import EvalBatch, eval_batches
+from megaeva.data.evaluation import EvalBatch
 from megaeva.data.masking import block_mask
-from megaeva.eval.features import gather_shares, key_hash, to_picture
+from megaeva.eval.features import gather_shares, key_hash, recipe_batches, to_picture
 from megaeva.eval.predictions import encode_png
 from megaeva.parallel.grid import Grid
 
@@ -45,19 +45,7 @@ def evaluate_masked(
             total, count, error = 0.0, 0, None
             kept: dict[str, dict[str, Any]] = {}
             try:
-                for batch in eval_batches(
-                    section.shards,
-                    image_size=cfg.model.vision.image_size,
-                    resize=cfg.eval.resize,
-                    crop_share=cfg.eval.crop_share,
-                    batch_size=cfg.eval.batch_size,
-                    data_rank=grid.dp_rank,
-                    data_size=grid.dp_size,
-                    tokenizer=None,
-                    decoder=cfg.data.decoder,
-                    platform=cfg.platform,
-                    max_image_pixels=cfg.data.max_image_pixels,
-                ):
+                for batch in recipe_batches(cfg, section.shards, grid, tokenizer=None):
                     mask_BN = masks(cfg, batch.indices)
                     cosine_M = masked_cosine(student, teacher, batch.image_BCHW.to(device), mask_BN.to(device))
                     total += float(cosine_M.double().sum())

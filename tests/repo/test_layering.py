@@ -31,9 +31,7 @@ LEVELS: dict[str, int] = {
 # Imports between units of one level, each with its reason. A new one is argued for here or not made.
 SIBLINGS: dict[tuple[str, str], str] = {
     ("config", "errors"): "a recipe's mistakes are user errors",
-    ("ops", "errors"): "an operator's misuse is a user error",
     ("cli", "loop"): "`megaeva loop` and `megaeva demo` run it",
-    ("cli", "train"): "`megaeva train` starts it",
     ("tasks", "eval"): "the contrastive task evaluates its own model",
 }
 
@@ -160,6 +158,16 @@ def test_starts_without_torch(module: str) -> None:
     script = f"import {module}, sys; sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'numpy')))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"importing {module} loads torch, megatron or numpy\n{done.stderr}"
+
+
+def test_every_exception_is_needed() -> None:
+    used = {
+        (path.relative_to(PACKAGE).with_suffix("").parts[0], module.split(".")[1])
+        for path in SOURCES
+        for module, _ in imported_modules(_tree(path), ".".join(("megaeva", *path.relative_to(PACKAGE).parts[:-1])))
+        if module.startswith("megaeva.")
+    }
+    assert set(SIBLINGS) <= used, f"no import needs {set(SIBLINGS) - used} any more; take it off SIBLINGS"
 
 
 # The rules above must be able to fail.
