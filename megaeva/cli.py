@@ -1,7 +1,7 @@
 """The `megaeva` command: doctor, demo, data, train, loop, eval.
 
 Nothing heavy is imported before a command runs: the help appears at once, and a mistake in a recipe is told before
-torch is loaded. Mistakes of the user end in their message and exit code 2, Ctrl-C in 130.
+torch is loaded. Mistakes of the user end in their message and exit code 2, a job that died in 1, Ctrl-C in 130.
 """
 
 import functools
@@ -25,6 +25,8 @@ Next:
   megaeva train recipes/demo_teacher.yaml  one run; any key can be set: train.total_samples=8000
   recipes/README.md                        every recipe and where its numbers come from
 """
+
+_TRAIN_AGAIN = "run the command again, with --resume to continue from the last checkpoint if there is one."
 
 app = typer.Typer(
     name="megaeva",
@@ -54,7 +56,7 @@ def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
             return command(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.status) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -185,7 +187,7 @@ def train(
     from megaeva.loop.launch import launch
 
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
-    launch(recipe, overrides or [], section, Path(cfg.run_dir) / "train.log", resume)
+    launch(recipe, overrides or [], section, Path(cfg.run_dir) / "train.log", resume, again=_TRAIN_AGAIN)
 
 
 @app.command()
@@ -236,7 +238,8 @@ def evaluate(
 
     arguments = [str(run_dir), "--output", str(output or home), *(overrides or [])]
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
-    run_module("megaeva.eval.run", arguments, section, (output or home) / "eval.log", stage="eval")
+    log_path = (output or home) / "eval.log"
+    run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

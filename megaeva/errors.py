@@ -1,11 +1,32 @@
-"""Errors a user can cause. The command line prints their text without a traceback and exits with 2.
+"""Errors a user can cause, and how a process of a job ends with them: their text without a traceback, exit code 2.
 
 Every message has three parts: what is (path = value, file:line), what must be, what to do.
 """
 
+import errno
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+
+EXPLAINED = 2  # exit code of a process that told its user what to mend
+LOST_PEER = 3  # exit code of a rank that stopped because another one is gone
+INTERRUPTED = 130
+
+_LOST_PEER = re.compile(r"onnection (closed|reset|refused).*peer|roken pipe|remote process exited", re.DOTALL)
+_DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG))
+_PATIENCE_SECONDS = 10.0
+
 
 class UserError(Exception):
-    """A mistake in a recipe, a file, the data or the installation, explained to its author."""
+    """A mistake in a recipe, a file, the data or the installation, explained to its author.
+
+    Attributes:
+        status: exit code of a command that ends with it.
+    """
+
+    status: int = EXPLAINED
 
 
 class ConfigError(UserError):
@@ -18,3 +39,39 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone; the words are gloo's and NCCL's."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
+def explain_end(run: Callable[[], int]) -> int:
+    """The exit code of `run`, or of the mistake it ended with, which is told once over all ranks of a torchrun job.
+
+    Rank 0 speaks. The others wait for torchrun to stop them, which it does when rank 0 has exited, and speak only when
+    it does not: then the mistake was theirs alone (a file missing on one node). Any other exception is passed on.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        return run()
+    except UserError as error:
+        text, status = f"error: {error}", error.status
+    except KeyboardInterrupt:
+        text, status = "interrupted", INTERRUPTED
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"error: {where}{error.strerror}; the folder of the run must be writable, on a disk with space left; "
+        text, status = text + "free some or set run_dir=... elsewhere", EXPLAINED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        text, status = "stopped: another rank is gone; what follows, or its own output, says which and why", LOST_PEER
+    if rank != "0":
+        time.sleep(_PATIENCE_SECONDS)
+        text = f"rank {rank}: {text}"
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    return status

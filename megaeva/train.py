@@ -1,16 +1,16 @@
 """torchrun -m megaeva.train RECIPE [--resume] [key.path=value ...]
 
 The entry point of every training process, under torchrun or alone. Exit codes: 0 finished, 2 a mistake in the recipe,
-data or checkpoint (explained on stderr), 143 stopped by SIGTERM with a checkpoint written.
+data or checkpoint (explained on stderr, once for all ranks), 3 another rank was lost, 130 and 143 stopped by Ctrl-C and
+SIGTERM with a checkpoint written.
 """
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
-from megaeva.errors import UserError
+from megaeva.errors import explain_end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,28 +20,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     options = parser.parse_intermixed_args(argv)
+    return explain_end(lambda: train(options.recipe, options.overrides, resume=options.resume))
 
-    from megaeva.config import load
 
+def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
+    """Train from a recipe; returns the exit code: 0, or 128 + signal after a signal and a save. All ranks call it.
+
+    Raises:
+        UserError: a mistake in the recipe, data or checkpoint.
+    """
+    from megaeva.config import diff_from_base, load
+
+    cfg = load(recipe, overrides)
+    # Imported here: mistakes in the recipe are told before torch is loaded.
+    from megaeva.parallel.runtime import start, stop
+    from megaeva.trainer import Trainer
+
+    runtime = start(cfg.platform)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megaeva").setLevel(logging.INFO if runtime.is_main else logging.ERROR)
     try:
-        cfg = load(options.recipe, options.overrides)
-        from megaeva.config import diff_from_base
-        from megaeva.parallel.runtime import start, stop
-        from megaeva.trainer import Trainer
-
-        runtime = start(cfg.platform)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        logging.getLogger("megaeva").setLevel(logging.INFO if runtime.is_main else logging.ERROR)
-        try:
-            changes = diff_from_base(options.recipe, options.overrides)
-            return Trainer(cfg, runtime, resume=options.resume, recipe_changes=changes).fit()
-        finally:
-            stop()
-    except UserError as error:
-        # torchrun runs this on every rank; each says its own part once.
-        rank = os.environ.get("RANK")
-        print(f"{f'rank {rank}: ' if rank not in (None, '0') else ''}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        changes = diff_from_base(recipe, overrides)
+        return Trainer(cfg, runtime, resume=resume, recipe_changes=changes).fit()
+    finally:
+        stop()
 
 
 if __name__ == "__main__":

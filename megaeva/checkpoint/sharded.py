@@ -1,5 +1,8 @@
 """A module's tensors as mcore sharded tensors: whole-tensor names and shapes, whatever the topology."""
 
+# Before anything here imports megatron.core: it guards that import against a broken Transformer Engine.
+from megaeva.parallel import platform as _platform  # noqa: F401  isort: skip
+
 from typing import Any, TypeAlias
 
 import torch

@@ -20,7 +20,7 @@ from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.sharded import sharded_tensors
 from megaeva.checkpoint.weights import LoadReport, assign, load_weights, open_checkpoint, reading
 from megaeva.config.schema import Config
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, is_lost_peer
 from megaeva.parallel.wrap import Tower
 
 __all__ = ["CheckpointStore", "LoadReport", "LoadedState", "load_weights", "read_model_section"]
@@ -125,6 +125,8 @@ class CheckpointStore:
         if error is not None:
             if _is_main():
                 shutil.rmtree(writing, ignore_errors=True)
+            if is_lost_peer(error):
+                raise error
             raise self._save_error(writing, error, size) from error
         if _is_main():
             self._drop_old()

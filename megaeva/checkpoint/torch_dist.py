@@ -9,6 +9,9 @@ an unpickler that knows the dozen classes of torch.distributed.checkpoint and no
 an error and runs nothing. `common.pt` is written (an empty dictionary, for mcore) and never read.
 """
 
+# Before anything here imports megatron.core: it guards that import against a broken Transformer Engine.
+from megaeva.parallel import platform as _platform  # noqa: F401  isort: skip
+
 import io
 import pickle
 from collections import defaultdict

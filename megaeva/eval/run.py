@@ -1,7 +1,7 @@
 """torchrun -m megaeva.eval.run RUN_DIR [--output FOLDER] [key.path=value ...]
 
 Measures a trained CLIP on the sets of its own recipe, or on others given as `eval.retrieval.NAME.shards=[...]`. Works
-alone or under torchrun, with any number of processes. Exit codes: 0, or 2 for a mistake (explained on stderr).
+alone or under torchrun, with any number of processes. Exit codes: those of `megaeva.train`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaeva.errors import CheckpointError, ConfigError, UserError
+from megaeva.errors import CheckpointError, ConfigError, explain_end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the run's recipe")
     parser.add_argument("--output", type=Path, help="folder of eval.json and predictions.json; default: the run folder")
     options = parser.parse_intermixed_args(argv)
-    try:
+
+    def run() -> int:
         evaluate_run(options.run_dir, options.overrides, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+        return 0
+
+    return explain_end(run)
 
 
 def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = None) -> dict[str, dict[str, float]]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megaeva.errors import LOST_PEER
+
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, 1 after a rank died, 128 + signal after a signal. Runs once on each node, before any rank."""
@@ -40,7 +42,7 @@ def _suspicion(failure: Any) -> tuple[int, int]:
     """
     if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM: how torchrun stops the others
         return 0, failure.timestamp
-    lost = "peer" in (text := _message(failure)) and "onnection" in text
+    lost = failure.exitcode == LOST_PEER or ("peer" in (text := _message(failure)) and "onnection" in text)
     return 2 if lost or failure.exitcode == -signal.SIGTERM else 1, failure.timestamp
 
 

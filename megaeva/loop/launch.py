@@ -15,11 +15,13 @@ from types import FrameType
 from typing import BinaryIO, TextIO
 
 from megaeva.config.schema import LaunchSection
-from megaeva.errors import UserError
+from megaeva.errors import EXPLAINED, UserError
 from megaeva.observability.progress import is_status_line
 
 _TAIL_LINES = 200
-_TORCH_LOG_LINE = re.compile(r"^[IWE]\d{4} ")  # torchrun's own remarks on top of what the ranks said
+_TORCH_LOG_LINE = re.compile(r"^[IWE]\d{4} ")
+_TORCHRUN_LINE = re.compile(r"^[IWE]\d{4} .*torch/distributed/elastic/")  # its remarks on an end that we explain
+CONTINUES = "run the same command again: it continues from the last checkpoint."
 _EXCEPTION_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 
 
@@ -33,24 +35,30 @@ class StageFailedError(UserError):
         reason: its last error message.
     """
 
-    def __init__(self, stage: str, rank: int | None, exit_code: int, reason: str, log_path: Path) -> None:
+    def __init__(
+        self, stage: str, rank: int | None, exit_code: int, reason: str, log_path: Path, again: str = CONTINUES
+    ) -> None:
         self.stage, self.rank, self.exit_code, self.reason = stage, rank, exit_code, reason
+        if exit_code == EXPLAINED:
+            # The rank has told it on this terminal just now.
+            super().__init__(f"stage {stage} stopped by the error above (log: {log_path}); mend it and {again}")
+            return
+        self.status = 1
         who = f"rank {rank}" if rank is not None else "the launcher"
         super().__init__(
             f"stage {stage} failed: {who} {describe_exit(exit_code)}{': ' + reason if reason else ''}\n"
             f"Every rank must end with exit code 0; the others were stopped. "
-            f"Read {log_path}, mend the cause and run the same command again: it continues from the last checkpoint."
+            f"Read {log_path}, mend the cause and {again}"
         )
 
 
 class StageInterruptedError(UserError):
     """A job was stopped on request (Ctrl-C or SIGTERM)."""
 
-    def __init__(self, stage: str, signum: int) -> None:
-        self.stage, self.signum = stage, signum
+    def __init__(self, stage: str, signum: int, again: str = CONTINUES) -> None:
+        self.stage, self.signum, self.status = stage, signum, 128 + signum
         super().__init__(
-            f"stage {stage} was stopped by {signal.Signals(signum).name} before its last step.\n"
-            f"It saves a checkpoint when it is stopped; run the same command again to continue from there."
+            f"stage {stage} was stopped by {signal.Signals(signum).name} before its end; to go on, {again}"
         )
 
 
@@ -62,6 +70,7 @@ def launch(
     resume: bool = False,
     *,
     stage: str = "train",
+    again: str = CONTINUES,
 ) -> None:
     """Returns when the job `python -m megaeva.train RECIPE [--resume] [key=value ...]` ended well on all ranks.
 
@@ -72,6 +81,7 @@ def launch(
         log_path: file that everything the job prints is appended to, beside the terminal.
         resume: continue from the newest checkpoint of the recipe's run folder.
         stage: the job's name in messages.
+        again: how an error message tells its reader to go on.
 
     Raises:
         StageFailedError: a rank died; names the first one, its exit code or signal, and its last error message.
@@ -79,10 +89,18 @@ def launch(
             A second signal kills the job.
     """
     arguments = [str(recipe_path), *(["--resume"] if resume else []), *overrides]
-    run_module("megaeva.train", arguments, launch, log_path, stage=stage)
+    run_module("megaeva.train", arguments, launch, log_path, stage=stage, again=again)
 
 
-def run_module(module: str, arguments: Sequence[str], launch: LaunchSection, log_path: Path, *, stage: str) -> None:
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    launch: LaunchSection,
+    log_path: Path,
+    *,
+    stage: str,
+    again: str = CONTINUES,
+) -> None:
     """Returns when `python -m MODULE ARGUMENTS` ended well on all ranks; see `launch` for the rest."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="megaeva-") as scratch, log_path.open("ab") as log:
@@ -99,10 +117,10 @@ def run_module(module: str, arguments: Sequence[str], launch: LaunchSection, log
             tail = _relay(process.stdout, sys.stdout, log)  # type: ignore[arg-type]
             exit_code = process.wait()
         if received:
-            raise StageInterruptedError(stage, received[0])
+            raise StageInterruptedError(stage, received[0], again)
         if exit_code:
             rank, exit_code, reason = _verdict(exit_code, failure_file, tail, direct=_is_direct(launch))
-            raise StageFailedError(stage, rank, exit_code, reason, log_path)
+            raise StageFailedError(stage, rank, exit_code, reason, log_path, again)
 
 
 def build_command(module: str, arguments: Sequence[str], launch: LaunchSection, failure_file: Path) -> list[str]:
@@ -213,7 +231,10 @@ def _kill_tree(pid: int) -> None:
 
 
 def _relay(source: BinaryIO, terminal: TextIO, log: BinaryIO) -> deque[str]:
-    """Copies lines to log and terminal, where a status line overwrites the one before. Returns the last lines."""
+    """Copies lines to log and terminal, where a status line overwrites the one before. Returns the last lines.
+
+    What torchrun itself says of a rank's end goes to the log only.
+    """
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     in_place = terminal.isatty()
     redrawing = False
@@ -221,6 +242,8 @@ def _relay(source: BinaryIO, terminal: TextIO, log: BinaryIO) -> deque[str]:
         log.write(raw)
         log.flush()
         text = raw.decode("utf-8", errors="replace").rstrip("\n")
+        if _TORCHRUN_LINE.match(text):
+            continue
         tail.append(text)
         status = in_place and is_status_line(text)
         if status:

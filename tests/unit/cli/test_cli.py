@@ -117,7 +117,7 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_train_launches_what_was_asked(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *given: calls.append(given))
+    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *given, again: calls.append(given))
     result = run("train", str(recipe), "seed=3", "--processes", "2", "--threads", "1", "train.log_every_steps=1")
     assert result.exit_code == 0
     log = recipe.parent / "run" / "train.log"
@@ -127,7 +127,7 @@ def test_train_launches_what_was_asked(recipe: Path, monkeypatch: pytest.MonkeyP
 
 def test_train_checks_the_world_and_spares_an_old_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *given: calls.append(given))
+    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *given, again: calls.append(given))
     result = run("train", str(recipe), "--processes", "3")
     assert result.exit_code == 2
     assert "multiple of the 3 data-parallel ranks" in result.stderr
