@@ -16,7 +16,7 @@ from megaeva.data.shards import expand_shards
 from megaeva.errors import CheckpointError, UserError
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
-from megaeva.parallel.collectives import all_sum, gather_objects, raise_together, together
+from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters
 from megaeva.tasks import build_task
@@ -58,18 +58,21 @@ class Trainer:
         self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
         self.micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // grid.dp_size
         self.terminated = False
-        self.record = RunRecord(
-            self.run_dir,
-            enabled=runtime.is_main,
-            stage=self.run_dir.name,
-            total_steps=cfg.train.total_steps,
-            global_batch_size=cfg.train.global_batch_size,
-            first_step=self.next_step,
-        )
-        if runtime.is_main:
-            dump(cfg, self.run_dir / "config.yaml")
-        shards, starts = expand_shards(cfg.data.train), self.task.start_report
-        self.record.write_json("manifest.json", manifest(world_size=runtime.world_size, shards=shards, starts=starts))
+        starts = self.task.start_report
+        with together("writing to the run folder", runtime):
+            self.record = RunRecord(
+                self.run_dir,
+                enabled=runtime.is_main,
+                stage=self.run_dir.name,
+                total_steps=cfg.train.total_steps,
+                global_batch_size=cfg.train.global_batch_size,
+                first_step=self.next_step,
+            )
+            if runtime.is_main:
+                dump(cfg, self.run_dir / "config.yaml")
+                shards = expand_shards(cfg.data.train)
+                made_with = manifest(world_size=runtime.world_size, shards=shards, starts=starts)
+                self.record.write_json("manifest.json", made_with)
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
         for line in [*recipe_changes, *starts, data_report, *resumed]:
             self.record.say(line)
@@ -86,7 +89,9 @@ class Trainer:
                     self.record.say(f"SIGTERM: step {self.next_step} is saved in {self.run_dir}; --resume continues")
                     return TERMINATED
                 self.log(self.step(batch))
-                if self.cfg.eval.every_steps and self.next_step % self.cfg.eval.every_steps == 0:
+                every_steps = self.cfg.eval.every_steps
+                # `finish` measures the last step.
+                if every_steps and self.next_step % every_steps == 0 and self.next_step < self.cfg.train.total_steps:
                     self.evaluate()
             self.finish()
             return 0
@@ -96,14 +101,16 @@ class Trainer:
             signal.signal(signal.SIGTERM, previous_handler)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; returns its figures. A loss that is not finite never reaches the weights."""
+        """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
         step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
         batches = batch.to(self.runtime.device).split(self.micro_batch_size)
         rates = self.learning_rate.set(step)
         loss = self.task.step(batches, lambda index: seed_pass(seed, step, index, data_rank)).item()
         if not math.isfinite(loss):
-            self._stop_on_loss(loss, batch)
-        _, grad_norm = self.optimizer.step()
+            self._stop_on("loss", loss, batch)
+        updated, grad_norm = self.optimizer.step()
+        if not updated:
+            self._stop_on("grad_norm", grad_norm, batch)
         self.next_step = step + 1
         figures = {"loss": loss, "grad_norm": float(grad_norm)}
         return figures | {f"lr/{tower}": rate for tower, rate in rates.items()} | self.task.after_step()
@@ -173,7 +180,8 @@ class Trainer:
             if self.runtime.is_main:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 (self.run_dir / "finished.json").unlink(missing_ok=True)
-        return newest
+        # Rank 0's view: a network file system may show another rank an older listing.
+        return broadcast_object(newest, self.runtime)
 
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
@@ -196,13 +204,13 @@ class Trainer:
         elapsed = time.monotonic() - self.last_saved_at
         return bool(every_minutes and self.runtime.is_main and elapsed >= 60 * every_minutes)
 
-    def _stop_on_loss(self, loss: float, batch: Batch) -> None:
+    def _stop_on(self, figure: str, value: float, batch: Batch) -> None:
         """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
         keys = [key for keys in gather_objects(batch.keys, self.runtime) for key in keys]
         name = f"bad_batch_step_{self.next_step}.json"
-        self.record.write_json(name, {"step": self.next_step, "loss": str(loss), "keys": keys})
+        self.record.write_json(name, {"step": self.next_step, figure: str(value), "keys": keys})
         raise UserError(
-            f"loss={loss} at step {self.next_step}; it must be finite. Samples {', '.join(keys[:4])}, ... "
+            f"{figure}={value} at step {self.next_step}; it must be finite. Samples {', '.join(keys[:4])}, ... "
             f"({len(keys)} in all, listed in {self.run_dir / name}). Last good checkpoint: "
             f"{self.store.newest() or 'none'}. Look at these samples, lower the learning rate or beta2, and continue "
             f"with --resume."
