@@ -132,3 +132,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(folder: Path, monkeypatch: 
         train(folder, "run", "fp32")
     assert (folder / "run" / "bad_batch_step_0.json").exists()
     assert not list((folder / "run").glob("checkpoints/step_*"))
+
+
+def test_the_clock_asks_for_checkpoints_too(folder: Path) -> None:
+    train(folder, "run", "fp32", save={"every_steps": None, "every_minutes": 1e-9, "keep": 3})
+    names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    assert names == [f"step_0000000{step}" for step in range(STEPS - 2, STEPS + 1)]

@@ -1,0 +1,103 @@
+"""The trainer on two ranks: data are shared out, a resumed run repeats every loss, one rank's error stops both."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaeva.config.schema import Config
+from megaeva.data.batch import Batch
+from megaeva.data.synthetic import make_shards
+from megaeva.errors import DataError
+from megaeva.observability.metrics import read_metrics
+from megaeva.parallel.collectives import RemoteError, gather_objects
+from megaeva.parallel.runtime import Runtime
+from megaeva.trainer import Trainer
+from tests.helpers.spawn import run_ranks
+
+STEPS, SAVED_AT, DIES_AT = 6, 3, 5
+
+
+def recipe(folder: Path, name: str) -> Config:
+    vision = {
+        "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 40,
+        "activation": "gelu", "qkv_bias": "qkv", "patch_dropout": 0.25, "drop_path": 0.2,
+    }  # fmt: skip
+    text = {"context_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 64}
+    return Config.model_validate(
+        {
+            "task": "contrastive",
+            "run_dir": str(folder / name),
+            "platform": "cpu",
+            "model": {"embed_dim": 16, "vision": vision, "text": text},
+            "data": {"train": [str(folder / "shards" / "*.tar")], "shuffle_buffer": 8},
+            "optim": {"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0},
+            "parallel": {"overlap_grad_reduce": True},
+            "train": {
+                "total_samples": 8 * STEPS, "global_batch_size": 8, "micro_batch_size": 2,
+                "precision": "fp32", "log_every_steps": 1,
+            },
+            "save": {"every_steps": SAVED_AT},
+        }
+    )  # fmt: skip
+
+
+class Died(Exception):
+    """Stands for a killed job."""
+
+
+def run(runtime: Runtime, cfg: Config, *, resume: bool = False, dies_at: int | None = None) -> list[list[str]]:
+    """Sample keys of each step on this rank."""
+    trainer = Trainer(cfg, runtime, resume=resume, recipe_changes=[])
+    seen: list[list[str]] = []
+    original = trainer.step
+
+    def step(batch: Batch) -> dict[str, float]:
+        if trainer.next_step == dies_at:
+            raise Died
+        seen.append(list(batch.keys))
+        return original(batch)
+
+    trainer.step = step  # type: ignore[method-assign]
+    trainer.fit()
+    return seen
+
+
+def scenario(runtime: Runtime, folder: str) -> tuple[list[list[str]], list[str]]:
+    """Sample keys of an uninterrupted run; what a broken loader of rank 1 raised on this rank."""
+    root = Path(folder)
+    seen = run(runtime, recipe(root, "whole"))
+    with pytest.raises(Died):
+        run(runtime, recipe(root, "cut"), dies_at=DIES_AT)
+    again = run(runtime, recipe(root, "cut"), resume=True)
+    assert again == seen[SAVED_AT:]
+
+    trainer = Trainer(recipe(root, "broken"), runtime, resume=False, recipe_changes=[])
+    if runtime.rank == 1:
+
+        def fail() -> Any:
+            raise DataError("the disk of rank 1 is gone")
+
+        trainer.loader = type("Broken", (), {"__next__": lambda self: fail(), "__getattr__": lambda self, name: dict})()
+    with pytest.raises((DataError, RemoteError)) as caught:
+        trainer.next_batch()
+    return seen, gather_objects(f"{type(caught.value).__name__}: {caught.value}", runtime)
+
+
+def test_two_ranks_share_resume_and_stop_together(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", num_shards=4, samples_per_shard=12, image_size=40, seed=0)
+    (seen_0, errors), (seen_1, _) = run_ranks(scenario, 2, str(tmp_path))
+    epoch = [key for seen in (seen_0, seen_1) for keys in seen for key in keys]
+    assert len(epoch) == 8 * STEPS == len(set(epoch)), "an epoch of 48 samples, each on one rank once"
+
+    figures = {
+        name: [
+            {key: value for key, value in line.items() if key in ("step", "loss", "grad_norm", "logit_scale")}
+            for line in read_metrics(tmp_path / name)
+        ]
+        for name in ("whole", "cut")
+    }
+    assert [line["step"] for line in figures["whole"]] == list(range(1, STEPS + 1))
+    assert figures["cut"] == figures["whole"], "bit for bit"
+    assert errors[0].startswith("RemoteError: rank 1 failed while reading data: DataError: the disk of rank 1 is gone")
+    assert errors[1] == "DataError: the disk of rank 1 is gone"
