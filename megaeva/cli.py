@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from megaeva.errors import ConfigError, DataError, UserError
+from megaeva.errors import INTERRUPTED, ConfigError, DataError, UserError, explain_disk_error
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -57,9 +57,14 @@ def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.status) from None
+        except OSError as error:
+            if (text := explain_disk_error(error)) is None:
+                raise
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(UserError.status) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 
@@ -301,7 +306,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

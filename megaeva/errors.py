@@ -46,6 +46,17 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
+def explain_disk_error(error: OSError) -> str | None:
+    """The message of a disk that refuses a file (full, read-only, forbidden); None for any other error."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror}; the folder of a run must be writable and its disk must have space left; "
+        "free some, or write elsewhere (run_dir=...)"
+    )
+
+
 def explain_end(run: Callable[[], int]) -> int:
     """The exit code of `run`, or of the mistake it ended with, which is told once over all ranks of a torchrun job.
 
@@ -60,11 +71,9 @@ def explain_end(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         text, status = "interrupted", INTERRUPTED
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if (explained := explain_disk_error(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        text = f"error: {where}{error.strerror}; the folder of the run must be writable, on a disk with space left; "
-        text, status = text + "free some or set run_dir=... elsewhere", EXPLAINED
+        text, status = f"error: {explained}", EXPLAINED
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, TextIO
@@ -102,12 +103,20 @@ def run_module(
     again: str = CONTINUES,
 ) -> None:
     """Returns when `python -m MODULE ARGUMENTS` ended well on all ranks; see `launch` for the rest."""
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="megaeva-") as scratch, log_path.open("ab") as log:
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"{log_path} cannot be written ({error.strerror}); what the job prints must have a file there; "
+            "choose another folder for the run"
+        ) from None
+    with tempfile.TemporaryDirectory(prefix="megaeva-") as scratch, log_path.open("ab", buffering=0) as log:
         failure_file = Path(scratch) / "failure.json"
         command = build_command(module, arguments, launch, failure_file)
         environment = build_environment(launch) | {"TORCHELASTIC_ERROR_FILE": str(Path(scratch) / "error.json")}
-        log.write(f"$ {' '.join(command)}\n".encode())
+        with suppress(OSError):  # a full disk, which the job has to tell of
+            log.write(f"$ {' '.join(command)}\n".encode())
         # A session of its own: Ctrl-C on the terminal reaches this process only, which passes it on once.
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -230,7 +239,7 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-def _relay(source: BinaryIO, terminal: TextIO, log: BinaryIO) -> deque[str]:
+def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase) -> deque[str]:
     """Copies lines to log and terminal, where a status line overwrites the one before. Returns the last lines.
 
     What torchrun itself says of a rank's end goes to the log only.
@@ -238,9 +247,14 @@ def _relay(source: BinaryIO, terminal: TextIO, log: BinaryIO) -> deque[str]:
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     in_place = terminal.isatty()
     redrawing = False
+    log_works = True
     for raw in source:
-        log.write(raw)
-        log.flush()
+        try:
+            if log_works:
+                log.write(raw)
+        except OSError as error:  # a full disk; the job has to say so itself
+            log_works = False
+            terminal.write(f"warning: nothing more is written to the log: {error.strerror}\n")
         text = raw.decode("utf-8", errors="replace").rstrip("\n")
         if _TORCHRUN_LINE.match(text):
             continue
