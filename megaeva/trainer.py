@@ -21,7 +21,7 @@ from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters
 from megaeva.tasks import build_task
 
-TERMINATED = 128 + signal.SIGTERM
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Trainer:
@@ -57,7 +57,7 @@ class Trainer:
         self.next_step = self._load(newest) if newest else 0
         self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
         self.micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // grid.dp_size
-        self.terminated = False
+        self.signal_received = 0
         starts = self.task.start_report
         with together("writing to the run folder", runtime):
             self.record = RunRecord(
@@ -69,6 +69,8 @@ class Trainer:
                 first_step=self.next_step,
             )
             if runtime.is_main:
+                # Only now that nothing was refused: a mistake must leave a finished run as it was.
+                (self.run_dir / "finished.json").unlink(missing_ok=True)
                 dump(cfg, self.run_dir / "config.yaml")
                 shards = expand_shards(cfg.data.train)
                 made_with = manifest(world_size=runtime.world_size, shards=shards, starts=starts)
@@ -78,16 +80,18 @@ class Trainer:
             self.record.say(line)
 
     def fit(self) -> int:
-        """Train to the last step, saving on the way. Returns the exit code: 0, or 143 after SIGTERM and a save."""
-        previous_handler = signal.signal(signal.SIGTERM, self._note_sigterm)
+        """Train to the last step, saving on the way. Returns the exit code: 0, or 128 + signal after SIGTERM or Ctrl-C
+        and a save."""
+        previous_handlers = {number: signal.signal(number, self._note_signal) for number in _SIGNALS}
         try:
             while self.next_step < self.cfg.train.total_steps:
                 batch, save, stop = self.next_batch()
                 if save or stop:
                     self.save()
                 if stop:
-                    self.record.say(f"SIGTERM: step {self.next_step} is saved in {self.run_dir}; --resume continues")
-                    return TERMINATED
+                    name = signal.Signals(stop).name
+                    self.record.say(f"{name}: step {self.next_step} is saved in {self.run_dir}; --resume continues")
+                    return 128 + stop
                 self.log(self.step(batch))
                 every_steps = self.cfg.eval.every_steps
                 # `finish` measures the last step.
@@ -98,7 +102,8 @@ class Trainer:
         finally:
             self.loader.close()
             self.record.close()
-            signal.signal(signal.SIGTERM, previous_handler)
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
@@ -115,19 +120,24 @@ class Trainer:
         figures = {"loss": loss, "grad_norm": float(grad_norm)}
         return figures | {f"lr/{tower}": rate for tower, rate in rates.items()} | self.task.after_step()
 
-    def next_batch(self) -> tuple[Batch, bool, bool]:
-        """The next batch, and whether all ranks save or stop before it. A loader's error is raised on every rank."""
+    def next_batch(self) -> tuple[Batch, bool, int]:
+        """The next batch, whether all ranks save before it, and the signal that stops them before it or 0.
+
+        A loader's error is raised on every rank, after a save: no finished step is lost to it.
+        """
         self.position = self.loader.state_dict()
         batch, error = None, None
         try:
             batch = next(self.loader)
         except Exception as caught:
             error = caught
-        failed, save, stop = all_sum([error is not None, self._save_is_due(), self.terminated], self.runtime)
+        interrupts = [self.signal_received == number for number in _SIGNALS]
+        failed, save, *stops = all_sum([error is not None, self._save_is_due(), *interrupts], self.runtime)
         if failed:
+            self._save_finished_steps()
             raise_together(error, "reading data", self.runtime)
         assert batch is not None
-        return batch, bool(save), bool(stop)
+        return batch, bool(save), next((number for number, stop in zip(_SIGNALS, stops, strict=True) if stop), 0)
 
     def save(self) -> None:
         """Write a checkpoint that continues with the batch after the last finished step. All ranks call it."""
@@ -179,7 +189,6 @@ class Trainer:
                 )
             if self.runtime.is_main:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                (self.run_dir / "finished.json").unlink(missing_ok=True)
         # Rank 0's view: a network file system may show another rank an older listing.
         return broadcast_object(newest, self.runtime)
 
@@ -216,5 +225,16 @@ class Trainer:
             f"with --resume."
         )
 
-    def _note_sigterm(self, *_: object) -> None:
-        self.terminated = True
+    def _save_finished_steps(self) -> None:
+        """Save what is finished before the run stops with an error of some rank, and say so. All ranks call it."""
+        try:
+            self.save()
+        except CheckpointError as second:
+            self.record.say(f"error: {second}")
+        if self.next_step:
+            self.record.say(f"step {self.last_saved_step} is saved in {self.run_dir}; --resume continues")
+
+    def _note_signal(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.signal_received:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.signal_received = number
