@@ -230,10 +230,15 @@ def _info(
 def _check_same_run(path: Path, info: dict[str, Any], config: Config) -> None:
     different = [] if info["task"] == config.task else [f"task: checkpoint {info['task']!r}, recipe {config.task!r}"]
     different += layout.differing_keys(info["model"], config.model.model_dump(mode="json"), "model")
+    batch = config.train.global_batch_size
+    if info["samples"] != info["step"] * batch:
+        # Steps are the run's clock: with another batch they would mean other samples and another learning rate.
+        before = info["samples"] // max(1, info["step"])
+        different.append(f"train.global_batch_size: checkpoint {before}, recipe {batch}")
     if different:
         raise CheckpointError(
-            f"{path} belongs to another model:\n  " + "\n  ".join(different) + "\nA resumed run must have the same "
-            "task and model; set these keys back, or start a new run_dir with init.clip, init.vision or init.text."
+            f"{path} belongs to another run:\n  " + "\n  ".join(different) + "\nA resumed run must have the same task, "
+            "model and batch; set these keys back, or start a new run_dir with init.clip, init.vision or init.text."
         )
 
 

@@ -166,7 +166,8 @@ def diff_from_base(path: str | Path, overrides: Sequence[str] = ()) -> list[str]
     """Lines `train.total_samples: 1000 -> 80000`: what the recipe and the overrides change.
 
     Compared with the base, and where the base is silent with the schema's defaults; a key that has neither shows only
-    its value. A recipe without a base is its own: only the overrides are listed. What a variant fills in is not repeated: `model.variant` says it.
+    its value. A recipe without a base is its own: only the overrides are listed. What a variant fills in is not
+    repeated: `model.variant` says it.
     """
     source, base = gather(Path(path), overrides)
     variant = VARIANTS.get(str(get_in(source.values, ("model", "variant"))), {})

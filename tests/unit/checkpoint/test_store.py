@@ -200,6 +200,15 @@ def test_another_model_is_refused_before_any_tensor_is_read(runtime: Runtime, tm
     assert equal(run.tensors(), before)
 
 
+def test_another_batch_size_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(3)
+    batch = run.cfg.train.global_batch_size
+    train = run.cfg.train.model_copy(update={"global_batch_size": 2 * batch})
+    with pytest.raises(CheckpointError, match=f"train.global_batch_size: checkpoint {batch}, recipe {2 * batch}"):
+        run.load(path, run.cfg.model_copy(update={"train": train}))
+
+
 def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     path = run.save(1)
