@@ -6,7 +6,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
-from megaeva.config.schema import Section
+from megaeva.config.schema import Config, LoopConfig, Section
 from megaeva.config.source import Keys, Source, get_in
 from megaeva.config.validate import Problem, UnknownValue
 
@@ -62,6 +62,8 @@ def _nearest_key(model: type[Section], keys: Keys) -> str:
         return f"did you mean {prefix}{near[0]}"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:3])}"
+    if model is LoopConfig and keys[0] in Config.model_fields:
+        return "it belongs to a stage: write teacher.stage.set., rounds.0.distil.set. or rounds.0.clip.set. before it"
     near = difflib.get_close_matches(".".join(keys), known, n=1, cutoff=0.7)
     if near:
         return f"did you mean {near[0]}"

@@ -231,8 +231,9 @@ def _apply_override(source: Source, text: str) -> None:
     try:
         node = yaml.compose(raw, Loader=_Loader)
     except yaml.YAMLError:
+        quoted = '["...", "..."]' if raw.startswith("[") else '"..."'
         source.errors.append(
-            f"{text!r} ({COMMAND_LINE}) has a value that is not valid YAML; quote it, e.g. '{name}=\"...\"'."
+            f"{text!r} ({COMMAND_LINE}) has a value that is not valid YAML; quote it, e.g. '{name}={quoted}'."
         )
         return
     value = None if node is None else _walk(node, COMMAND_LINE, keys, parsed, ())
@@ -259,7 +260,10 @@ def _apply_override(source: Source, text: str) -> None:
 
 
 def gather(path: Path, overrides: Sequence[str]) -> tuple[Source, dict[str, Any]]:
-    """Base, recipe and overrides merged, before the variant; beside it the base's own values (the recipe's, if it has no base)."""
+    """Base, recipe and overrides merged, before the variant; beside it the base's own values.
+
+    A recipe without a base is its own base.
+    """
     source, own = Source(), Source()
     own.values = _read(path, own)
     base_name = own.values.pop("base", None)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,24 @@ logger = logging.getLogger(__name__)
 MAX_CACHED_BYTES = 256 * 2**20  # undecoded shards kept in memory by one data rank, if all of them fit
 MIN_SEEN = 1000  # samples; before that many, a dropped share is too rough to stop a run in the middle of an epoch
 _CACHED_CAPTIONS = 1 << 16
+
+# What the short names that broken samples are counted by do not say themselves.
+_MEANINGS = {
+    "bad_caption": "not UTF-8",
+    "damaged_shard": "the tar ends early",
+    "decompression_bomb": "more pixels than data.max_image_pixels",
+    "unsafe_name": "a member that is absolute, has `..` or is a link",
+    "unsupported_mode": "no 8-bit image",
+}
+
+
+def describe_broken(by_reason: Counter[str], first: Mapping[str, Sequence[str]]) -> str:
+    """`3 bad_caption (not UTF-8; first: a, b), 1 truncated_image (first: c)`: counts, meaning and first keys."""
+    parts = []
+    for reason, count in by_reason.most_common():
+        meaning = f"{_MEANINGS[reason]}; " if reason in _MEANINGS else ""
+        parts.append(f"{count} {reason} ({meaning}first: {', '.join(first[reason])})")
+    return ", ".join(parts)
 
 
 def read_caption(sample: RawSample) -> str:
@@ -100,10 +118,7 @@ class DropCount:
         """
         dropped = self.by_reason.total()
         if dropped > self._max_share * max(self.seen, min_seen):
-            reasons = ", ".join(
-                f"{count} {reason} (first: {', '.join(self.first[reason])})"
-                for reason, count in self.by_reason.most_common()
-            )
+            reasons = describe_broken(self.by_reason, self.first)
             raise DataError(
                 f"{dropped} of {self.seen} samples are broken: {reasons}; "
                 f"at most data.max_dropped_share={self._max_share:g} may be; mend the shards, or raise that share"

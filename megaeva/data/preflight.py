@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import islice
 
 from megaeva.config.schema import Config
-from megaeva.data.builder import check_enough_shards, read_caption
+from megaeva.data.builder import check_enough_shards, describe_broken, read_caption
 from megaeva.data.decode_pillow import BrokenImage, open_image
 from megaeva.data.shards import IMAGE_EXTENSIONS, RawSample, expand_shards, read_shard
 from megaeva.errors import DataError
@@ -25,7 +25,7 @@ def preflight(cfg: Config, data_size: int) -> str:
     paths = expand_shards(cfg.data.train)
     check_enough_shards(cfg, len(paths), data_size)
     reasons: Counter[str] = Counter()
-    first_bad: dict[str, str] = {}
+    first_bad: dict[str, list[str]] = {}
     usable: list[tuple[RawSample, int, int, str]] = []
     extensions: Counter[str] = Counter()
     for sample in islice(read_shard(paths[0]), _NUM_SAMPLES):
@@ -34,8 +34,8 @@ def preflight(cfg: Config, data_size: int) -> str:
             usable.append(_look_at(sample, cfg))
         except BrokenImage as error:
             reasons[str(error)] += 1
-            first_bad.setdefault(str(error), sample.name)
-    counts = ", ".join(f"{n} {reason} (first: {first_bad[reason]})" for reason, n in reasons.most_common())
+            first_bad.setdefault(str(error), [sample.name])
+    counts = describe_broken(reasons, first_bad)
     found = ", ".join(f"{extension} x {n}" for extension, n in extensions.most_common()) or "none that are known"
     if not usable:
         wanted = f"an image ({', '.join(IMAGE_EXTENSIONS)})" + (" and a txt caption" if _needs_caption(cfg) else "")

@@ -75,7 +75,7 @@ def _expand_pattern(pattern: str) -> list[Path]:
             if not matches:
                 raise DataError(
                     f"shard pattern {name!r} (in {os.getcwd()}) matches no file; it must match at least one shard; "
-                    "mend the path, or make the data first (`megaeva data`)"
+                    "mend the path, run from the folder it starts in, or make the data first (`megaeva data`)"
                 )
             found += map(Path, matches)
         else:
@@ -93,8 +93,8 @@ def _check_shards(paths: Sequence[Path]) -> None:
             listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
         if path.name not in listings[folder]:
             raise DataError(
-                f"shard {path} does not exist (working folder {os.getcwd()}); every shard named must be there; "
-                "mend the path, or make the data first (`megaeva data`)"
+                f"shard {path} does not exist (in {os.getcwd()}); every shard named must be there; "
+                "mend the path, run from the folder it starts in, or make the data first (`megaeva data`)"
             )
         if path in seen:
             raise DataError(f"shard {path} is named twice; each must be named once; remove one of the patterns")

@@ -37,8 +37,11 @@ def prepare_folder(src: Path, out: Path, *, samples_per_shard: int = 1000) -> Su
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard={samples_per_shard} must be at least 1; 1000 is a good size")
     skipped: Counter[str] = Counter()
+    first: dict[str, str] = {}
     with data_folder(out, kind="folder") as staging:
-        num_samples, num_shards = write_shards(staging, _samples(src, skipped), samples_per_shard=samples_per_shard)
+        num_samples, num_shards = write_shards(
+            staging, _samples(src, skipped, first), samples_per_shard=samples_per_shard
+        )
         if not num_samples:
             reasons = ", ".join(f"{num} {reason}" for reason, num in skipped.most_common()) or "it has no image file"
             raise DataError(
@@ -46,10 +49,10 @@ def prepare_folder(src: Path, out: Path, *, samples_per_shard: int = 1000) -> Su
                 f"UTF-8 caption in a .txt file of the same name beside it; add the captions or choose another folder"
             )
         write_index(staging, "folder", {"samples": num_samples, "shards": num_shards, "skipped": dict(skipped)})
-    return Summary(out, {"": num_samples}, {"": num_shards}, dict(skipped))
+    return Summary(out, {"": num_samples}, {"": num_shards}, dict(skipped), first)
 
 
-def _samples(src: Path, skipped: Counter[str]) -> Iterator[Sample]:
+def _samples(src: Path, skipped: Counter[str], first: dict[str, str]) -> Iterator[Sample]:
     root = src.resolve()
     number = 0
 
@@ -68,6 +71,7 @@ def _samples(src: Path, skipped: Counter[str]) -> Iterator[Sample]:
                 caption = _read_caption(path.with_suffix(".txt"), root)
             except _SkippedError as reason:
                 skipped[str(reason)] += 1
+                first.setdefault(str(reason), str(path))
                 continue
             source = os.fsencode(path.relative_to(src).as_posix()).decode("utf-8", "replace")
             parts = {extension: image, "txt": caption.encode("utf-8"), "json": json_bytes({"source": source})}

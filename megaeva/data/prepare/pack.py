@@ -7,7 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -37,18 +37,22 @@ class Summary:
         out: the folder.
         samples, shards: how many, for each split (subfolder); "" is the folder itself.
         skipped: how many were left out, by reason.
+        first_skipped: the first of them, by reason.
     """
 
     out: Path
     samples: dict[str, int]
     shards: dict[str, int]
     skipped: dict[str, int]
+    first_skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
             f"{self.out / split}: {num:,} samples in {self.shards[split]} shards" for split, num in self.samples.items()
         ]
-        lines += [f"left out {num:,}: {reason}" for reason, num in sorted(self.skipped.items())]
+        for reason, num in sorted(self.skipped.items()):
+            first = f" (first: {self.first_skipped[reason]})" if reason in self.first_skipped else ""
+            lines.append(f"left out {num:,}: {reason}{first}")
         return "\n".join(lines)
 
 
