@@ -1,0 +1,3 @@
+"""Losses over the global batch."""
+
+from megaeva.losses.contrastive import clip_loss as clip_loss

@@ -12,7 +12,7 @@ from megaeva.parallel.collectives import all_gather_rows, all_reduce_sum
 TILE = 1024  # rows of the global batch in one tile of logits
 
 
-def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: ProcessGroup) -> Tensor:
+def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
     """The fp32 mean over all pairs of the global batch and both directions (0-dim), identical on every rank.
 
     Inputs need not be normalised; every rank passes the same B. Logits are fp32 whatever the input dtype. Row i of
@@ -22,7 +22,8 @@ def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: Pr
     since once all log-sum-exps are known each rank computes its own. Extra memory: O(B * tile), never batch^2.
 
     Gradient: of `image_BE` and `text_BE` exactly d(global mean)/d(this rank's inputs); of `log_scale` this rank's
-    share, so that the sum over the group is the derivative. All ranks of `group` must call it and its backward.
+    share, so that the sum over the group is the derivative. All ranks of `group` must call it and its backward; without
+    a group the batch is this process's alone.
     """
     packed_2BE = normalize_pack(image_BE, text_BE)
     return _StreamingInfoNCE.apply(packed_2BE, log_scale, group)
@@ -32,12 +33,13 @@ class _StreamingInfoNCE(torch.autograd.Function):
     """Loss of packed unit rows [2B, E]: images first, then their texts."""
 
     @staticmethod
-    def forward(ctx: Any, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup | None) -> Tensor:  # type: ignore[override]
         local = packed_2BE.shape[0] // 2
-        first = group.rank() * local
+        num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        first = rank * local
         scale = log_scale.float().exp()
         rows = packed_2BE.float()
-        every = all_gather_rows(rows, group).view(group.size(), 2, local, -1)
+        every = all_gather_rows(rows, group).view(num_ranks, 2, local, -1)
         image_GE, text_GE = every[:, 0].flatten(0, 1), every[:, 1].flatten(0, 1)
         lse_image_B = _row_logsumexp(rows[:local], text_GE, scale)
         lse_text_B = _row_logsumexp(rows[local:], image_GE, scale)
@@ -45,7 +47,7 @@ class _StreamingInfoNCE(torch.autograd.Function):
         total = (lse_image_B + lse_text_B - 2 * paired_B).sum()
         loss = all_reduce_sum(total, group) / (2 * image_GE.shape[0])
         lse_2B = torch.cat([lse_image_B, lse_text_B])
-        lse = all_gather_rows(lse_2B, group).view(group.size(), 2, local)
+        lse = all_gather_rows(lse_2B, group).view(num_ranks, 2, local)
         ctx.save_for_backward(packed_2BE, image_GE, text_GE, lse[:, 0].flatten(), lse[:, 1].flatten(), scale)
         ctx.first, ctx.log_scale_dtype = first, log_scale.dtype
         return loss

@@ -27,9 +27,12 @@ def all_sum(values: list[float], runtime: Runtime, group: dist.ProcessGroup | No
     return total.tolist()
 
 
-def all_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks in rank order, [ranks * X, D]; all ranks pass the same shape. Not differentiable."""
-    if group.size() == 1:
+def all_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks in rank order, [ranks * X, D]; all ranks pass the same shape. Not differentiable.
+
+    `group` None: this process alone.
+    """
+    if group is None or group.size() == 1:
         return rows_XD
     gathered = rows_XD.new_empty(group.size() * rows_XD.shape[0], *rows_XD.shape[1:])
     dist.all_gather_into_tensor(gathered, rows_XD.contiguous(), group=group)
@@ -74,8 +77,8 @@ def together(what: str, runtime: Runtime) -> Iterator[None]:
     raise_together(error, what, runtime)
 
 
-def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks of `group`, in place. Not differentiable."""
-    if group.size() > 1:
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of `group` (None: this process alone), in place. Not differentiable."""
+    if group is not None and group.size() > 1:
         dist.all_reduce(value, group=group)
     return value

@@ -44,6 +44,12 @@ def test_large_unnormalised_inputs_at_scale_100_stay_finite(single_rank) -> None
     assert image.grad.isfinite().all()
 
 
+def test_without_a_group_the_batch_is_this_process_alone(single_rank) -> None:
+    image, text = torch.randn(5, 4), torch.randn(5, 4)
+    alone = clip_loss(image, text, torch.tensor(1.0))
+    assert torch.equal(alone, clip_loss(image, text, torch.tensor(1.0), group=single_rank.groups.dp))
+
+
 def test_bf16_features_get_fp32_logits(single_rank) -> None:
     image, text = torch.randn(64, 32).bfloat16(), torch.randn(64, 32).bfloat16()
     loss = clip_loss(image, text, torch.tensor(4.6), group=single_rank.groups.dp)
