@@ -1,0 +1,280 @@
+"""Each mistake a user can make ends in one message with exit code 2: in this process, where torch is loaded once.
+
+A rank that dies, and what two ranks print of one mistake, need real processes; those cases are at the end.
+"""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from megaeva.checkpoint import torch_dist
+from megaeva.data.synthetic import make_shards
+from megaeva.train import main
+
+VISION = {
+    "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 32,
+    "activation": "gelu", "qkv_bias": "qkv",
+}  # fmt: skip
+TEXT = {"context_length": 12, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 32}
+SAMPLES_PER_SHARD = 16
+
+Change = Callable[[str, bytes], tuple[str, bytes] | None]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    make_shards(folder, num_shards=2, samples_per_shard=SAMPLES_PER_SHARD, image_size=64, seed=0)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, good: Path) -> Path:
+    content = {
+        "task": "contrastive",
+        "run_dir": str(tmp_path / "run"),
+        "platform": "cpu",
+        "model": {"embed_dim": 8, "vision": VISION, "text": TEXT},
+        "data": {"train": [f"{good}/*.tar"], "shuffle_buffer": 16},
+        "optim": {"vision": {"lr": 1e-3}},
+        "train": {"total_samples": 64, "global_batch_size": 16, "precision": "fp32", "log_every_steps": 1},
+        "save": {"every_steps": 1, "keep": 2},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def rewrite(good: Path, out: Path, change: Change) -> str:
+    """The shards of `good` with each member changed, or dropped where `change` gives None; returns their glob."""
+    out.mkdir()
+    for path in sorted(good.glob("*.tar")):
+        with tarfile.open(path) as source, tarfile.open(out / path.name, "w") as target:
+            for member in source:
+                content = source.extractfile(member)
+                assert content is not None
+                changed = change(member.name, content.read())
+                if changed is not None:
+                    info = tarfile.TarInfo(changed[0])
+                    info.size = len(changed[1])
+                    target.addfile(info, io.BytesIO(changed[1]))
+    return f"data.train=[{out}/*.tar]"
+
+
+def fail(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one message that training ends with."""
+    code = main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    assert code == 2, out + err
+    assert "Traceback" not in out + err
+    messages = [line for line in err.splitlines() if "error: " in line]
+    assert len(messages) == 1, err
+    return err[err.index("error: ") :]
+
+
+def checkpoints(recipe: Path) -> list[str]:
+    return sorted(path.name for path in (recipe.parent / "run" / "checkpoints").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.total_sampels=8", ["train.total_sampels=8", "not a known key", "did you mean train.total_samples"]),
+        ("train.total_samples=many", ['train.total_samples="many"', "must be an integer", "whole number"]),
+        ("parallel.vision.tp=3", ["parallel.vision.tp=3", "must divide model.vision.num_heads=2", "use 1 or 2"]),
+        ("data.train=[nowhere/*.tar]", ["nowhere/*.tar", "must match at least one shard", "mend the path"]),
+        ("data.train=[nowhere/0.tar]", ["nowhere/0.tar does not exist", "must be there", "mend the path"]),
+        ("data.num_workers=3", ["names 2 shards", "3 in all", "lower data.num_workers"]),
+    ],
+)
+def test_recipe(recipe: Path, capfd: pytest.CaptureFixture[str], override: str, parts: list[str]) -> None:
+    message = fail(capfd, recipe, override)
+    assert all(part in message for part in parts), message
+    assert not (recipe.parent / "run" / "checkpoints").exists()
+
+
+def test_recipe_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    message = fail(capfd, tmp_path / "nope.yaml")
+    assert "nope.yaml does not exist" in message
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def _bomb() -> bytes:
+    encoded = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+BOMB = _bomb()
+FIRST = "00000000"
+# Name: (what becomes of a member, the reason it is counted by).
+BROKEN: dict[str, tuple[Change, str]] = {
+    "no_caption": (lambda name, data: None if name.endswith(".txt") else (name, data), "missing_caption"),
+    "truncated": (lambda name, data: (name, data[:-200] if name.endswith(".jpg") else data), "truncated_image"),
+    "bomb": (
+        lambda name, data: (name.replace(".jpg", ".png"), BOMB) if name.endswith(".jpg") else (name, data),
+        "more pixels than data.max_image_pixels",
+    ),
+    "not_utf8": (lambda name, data: (name, b"caf\xe9" if name.endswith(".txt") else data), "not UTF-8"),
+    "dots": (lambda name, data: ("../../" + name, data), "`..`"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_shards_of_broken_samples(
+    recipe: Path, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    change, reason = BROKEN[case]
+    message = fail(capfd, recipe, rewrite(good, tmp_path / case, change))
+    assert reason in message
+    assert FIRST[:-2] in message, "the first keys"
+    assert "must" in message or "may be" in message
+    assert not list(tmp_path.parent.glob("*.jpg")), "nothing is written under a member's name"
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_one_broken_sample_is_skipped(
+    recipe: Path, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    change, _ = BROKEN[case]
+    shards = rewrite(good, tmp_path / case, lambda n, data: change(n, data) if n.startswith(FIRST) else (n, data))
+    code = main([str(recipe), shards, "data.max_dropped_share=0.2", "save.every_steps=null"])
+    out, err = capfd.readouterr()
+    assert code == 0, out + err
+    assert "Traceback" not in err
+
+
+def test_a_limit_passed_in_mid_run_loses_no_step(
+    recipe: Path, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change, _ = BROKEN["not_utf8"]
+    shards = rewrite(good, tmp_path / "x", lambda n, data: change(n, data) if n.startswith(FIRST) else (n, data))
+    message = fail(capfd, recipe, shards, "save.every_steps=null", "data.max_dropped_share=0.01")
+    assert "1 of " in message
+    (saved,) = checkpoints(recipe)
+    assert saved == "step_00000001", "32 samples with one broken are one batch of 16 and an unfinished one"
+    assert main([str(recipe), shards, "data.max_dropped_share=0.2", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "is empty"), (bytes(10240), "is empty"), (b"no tar" * 500, "must be a tar file")]
+)
+def test_shard_that_holds_nothing(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    message = fail(capfd, recipe, f"data.train=[{tmp_path}/0.tar]")
+    assert words in message
+    assert "0.tar" in message
+    assert "write it again or take it off the list" in message
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_full_disk_leaves_the_last_checkpoint(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write, calls = torch_dist.write, []
+
+    def full_the_second_time(plan: object, folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) == 2:
+            (folder / "half").write_bytes(b"0" * 100)
+            raise OSError(28, os.strerror(28))
+        write(plan, folder)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch_dist, "write", full_the_second_time)
+    message = fail(capfd, recipe)
+    for part in ("step_00000002", "No space left on device", "free space", "untouched", "step_00000001"):
+        assert part in message
+    assert checkpoints(recipe) == ["step_00000001"], "nothing half-written is left"
+    assert main([str(recipe), "--resume"]) == 0
+    assert checkpoints(recipe) == ["step_00000003", "step_00000004"]
+
+
+def test_full_disk_under_the_metrics(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28), "metrics.jsonl")
+
+    monkeypatch.setattr("megaeva.observability.metrics.MetricLog.write", full)
+    message = fail(capfd, recipe)
+    assert "metrics.jsonl: No space left on device" in message
+    assert "must have space" in message
+
+
+def test_resume_into_another_model_changes_nothing(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([str(recipe), "train.total_samples=16"]) == 0
+    run = recipe.parent / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    message = fail(capfd, recipe, "--resume", "model.vision.hidden_size=32")
+    for part in ("model.vision.hidden_size: checkpoint 16, recipe 32", "must have the same", "set these keys back"):
+        assert part in message
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+# ------------------------------------------------------------------------------------------------------- two ranks
+
+
+def start_two_ranks(recipe: Path, *overrides: str) -> "subprocess.Popen[str]":
+    # The command is run as a user runs it, so that what torchrun adds is seen too.
+    code = "import sys; from megaeva.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(recipe), *overrides, "--processes", "2", "--threads", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_ranks_tell_a_mistake_once(recipe: Path) -> None:
+    process = start_two_ranks(recipe, "data.num_workers=2")
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, out
+    lines = out.splitlines()
+    assert len(lines) == 2, out
+    assert "names 2 shards" in lines[0]
+    assert "stopped by the error above" in lines[1]
+
+
+def test_rank_that_is_killed_is_named_and_the_rest_stops(recipe: Path) -> None:
+    process = start_two_ranks(recipe, "train.total_samples=16000000", "save.every_steps=20", "train.log_every_steps=10")
+    try:
+        saved = recipe.parent / "run" / "checkpoints"
+        deadline = time.monotonic() + 60
+        while not list(saved.glob("step_*")):
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.1)
+        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        ranks[0].kill()
+        killed_at = time.monotonic()
+        out, _ = process.communicate(timeout=60)
+        assert time.monotonic() - killed_at < 60
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+    assert process.returncode == 1, out
+    assert "Traceback" not in out
+    assert "rank 1 was killed by SIGKILL" in out.splitlines()[-2], out
+    assert "--resume" in out.splitlines()[-1]
+    newest = sorted(saved.glob("step_*"))[-1]
+    assert (newest / "megaeva.json").exists()
+    shutil.rmtree(saved)
