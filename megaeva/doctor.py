@@ -22,6 +22,7 @@ Status = Literal["ok", "warn", "error"]
 
 SUPPORTED_PYTHON = (3, 11)
 MEGATRON_MINOR = "0.16"
+GPU_FIX = "pip install --no-build-isolation -e '.[gpu]'"
 TRANSFORMER_ENGINE_FIX = "pip uninstall -y " + " ".join(
     f"transformer-engine{part}" for part in ("", "-cu12", "-cu13", "-torch")
 )
@@ -240,7 +241,7 @@ def check_transformer_engine(installation: Installation) -> Check:
     )
     probe = installation.probe(code)
     if probe.worked and probe.text == "absent":
-        return Check(name, "ok", "not installed: local layers, as on CPU; on a GPU: pip install -e '.[gpu]'")
+        return Check(name, "ok", "not installed: local layers, as on CPU; on a GPU: " + GPU_FIX)
     if probe.worked and probe.text.startswith("leftover"):
         folder = probe.text.removeprefix("leftover ")
         return Check(name, "error", f"{folder} is left over from an uninstall; megatron-core fails", f"rm -r {folder}")
@@ -376,6 +377,9 @@ def print_report(checks: Sequence[Check]) -> bool:
     mend = [check for check in checks if check.fix and check.status != "ok"]
     for check in mend:
         console.print(f"[{colours[check.status]}]{check.name}:[/] {escape(check.fix)}", soft_wrap=True)
+    if any("pip " in check.fix for check in mend):
+        root = Path(__file__).resolve().parent.parent
+        console.print(f"In these, pip is {sys.executable} -m pip, run in {root}.", soft_wrap=True)
     if broken:
         console.print(f"\n{len(broken)} needed part{'s are' if len(broken) > 1 else ' is'} broken; mend as above.")
     else:

@@ -14,6 +14,7 @@ from megaeva.data.loader import Loader
 from megaeva.data.preflight import preflight
 from megaeva.data.shards import expand_shards
 from megaeva.errors import CheckpointError, UserError
+from megaeva.eval.run import format_results
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
@@ -164,6 +165,7 @@ class Trainer:
         results = self.task.evaluate()
         if results:
             self.record.results(self.next_step, results)
+            self.record.say(format_results(results))
 
     def finish(self) -> None:
         """Save, evaluate, and mark the run as finished for the loop and the report."""
@@ -177,6 +179,7 @@ class Trainer:
             "dropped_samples": dict(self.loader.dropped),
         }
         self.record.write_json("finished.json", summary)
+        self.record.say(f"finished: step {self.next_step} is saved in {self.run_dir}")
 
     def _open_run_folder(self, resume: bool) -> Path | None:
         """Make the folder and write the resolved recipe; returns the checkpoint to continue from, on every rank."""
