@@ -107,7 +107,7 @@ def all_steps(runtime: Runtime, tp: int, num_microbatches: int) -> list[Result] 
 
 @pytest.fixture(scope="module")
 def single() -> list[Result]:
-    (results,) = run_ranks(all_steps, 1, 1, 1)
+    (results,) = run_ranks(all_steps, 1, 1, 1, timeout=300)
     return results
 
 
@@ -122,7 +122,7 @@ def single() -> list[Result]:
     ],
 )
 def test_step_equals_single_process(single: Any, num_ranks: int, tp: int, num_microbatches: int) -> None:
-    parallel = run_ranks(all_steps, num_ranks, tp, num_microbatches)[0]
+    parallel = run_ranks(all_steps, num_ranks, tp, num_microbatches, timeout=300)[0]
     assert parallel is not None
     for (task, name), (loss, gradients), (exact_loss, exact) in zip(CASES, parallel, single, strict=True):
         assert abs(loss - exact_loss) <= 1e-5 * abs(exact_loss), (task, name, loss, exact_loss)
