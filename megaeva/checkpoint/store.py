@@ -214,6 +214,7 @@ def _info(
         "samples": step * config.train.global_batch_size,
         "task": config.task,
         "model": config.model.model_dump(mode="json"),
+        "optimizer": config.optim.name,
         "optimizer_steps": optimizer.num_steps,
         "versions": {
             "megaeva": __version__,
@@ -235,10 +236,13 @@ def _check_same_run(path: Path, info: dict[str, Any], config: Config) -> None:
         # Steps are the run's clock: with another batch they would mean other samples and another learning rate.
         before = info["samples"] // max(1, info["step"])
         different.append(f"train.global_batch_size: checkpoint {before}, recipe {batch}")
+    if info["optimizer"] != config.optim.name:
+        # AdamW and LAMB keep moments of the same names that mean different things.
+        different.append(f"optim.name: checkpoint {info['optimizer']}, recipe {config.optim.name}")
     if different:
         raise CheckpointError(
             f"{path} belongs to another run:\n  " + "\n  ".join(different) + "\nA resumed run must have the same task, "
-            "model and batch; set these keys back, or start a new run_dir with init.clip, init.vision or init.text."
+            "model, batch and optimizer; set these keys back, or start a new run_dir with init.clip, init.vision or init.text."
         )
 
 

@@ -209,6 +209,15 @@ def test_another_batch_size_is_refused(runtime: Runtime, tmp_path: Path) -> None
         run.load(path, run.cfg.model_copy(update={"train": train}))
 
 
+def test_another_optimizer_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(3)
+    other = {"adamw": "lamb", "lamb": "adamw"}[run.cfg.optim.name]
+    optim = run.cfg.optim.model_copy(update={"name": other})
+    with pytest.raises(CheckpointError, match=f"optim.name: checkpoint {run.cfg.optim.name}, recipe {other}"):
+        run.load(path, run.cfg.model_copy(update={"optim": optim}))
+
+
 def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     path = run.save(1)
