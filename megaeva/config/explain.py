@@ -102,6 +102,8 @@ def explain(source: Source, model: type[Section], values: Any, error: Mapping[st
         allowed = re.findall(r"'([^']*)'", str(context["expected"]))
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         source.fail(keys, f"must be {' or '.join(allowed)}", f"use {near[0]}" if near else "choose one", value)
+    elif kind == "value_error":  # a validator of ours, whose text is what must be
+        source.fail(keys, str(context["error"]), f"correct it{about}", value)
     elif kind in ("too_long", "too_short"):
         source.fail(keys, f"has the wrong number of entries: {error['msg']}", "add or remove entries", value)
     elif limits := [(word, context[name]) for name, word in _LIMITS.items() if name in context]:

@@ -6,7 +6,7 @@ Unknown keys are errors (`extra="forbid"`); `megaeva.config.load` turns all of t
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 
 class Section(BaseModel):
@@ -148,10 +148,21 @@ class DataSection(Section):
 
 
 class AxesSection(Section):
-    """Parallel sizes of one tower; what is left of the world is data parallel."""
+    """How one tower is spread and what it keeps; what is left of the world is data parallel."""
 
     tp: int = Field(1, ge=1)
     pp: int = Field(1, ge=1)
+    recompute: Literal["none", "selective", "full"] | PositiveInt = Field(
+        "none", description="activations computed again in backward: attention's, every layer's, the first N layers'"
+    )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _one_message(cls, value: object) -> object:
+        # Without it pydantic reports one error for each member of the union.
+        if value in ("none", "selective", "full") or (type(value) is int and value > 0):
+            return value
+        raise ValueError("must be none, selective, full or a number of layers above 0")
 
 
 class ParallelSection(Section):

@@ -145,6 +145,17 @@ def _same_tp(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _recompute(cfg: Config) -> Iterator[Problem]:
+    towers = (("vision", cfg.parallel.vision, cfg.model.vision), ("text", cfg.parallel.text, cfg.model.text))
+    for name, axes, tower in towers:
+        if isinstance(axes.recompute, int) and axes.recompute > tower.num_layers:
+            yield Problem(
+                f"parallel.{name}.recompute",
+                f"must be at most model.{name}.num_layers={tower.num_layers}",
+                "use `full` for all layers",
+            )
+
+
 def _pipeline(cfg: Config) -> Iterator[Problem]:
     for name, axes in (("vision", cfg.parallel.vision), ("text", cfg.parallel.text)):
         if axes.pp != 1:
@@ -269,7 +280,7 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    _vision_heads, _text_heads, _patches, _rope, _logit_scale, _vision_tp, _text_tp, _same_tp, _pipeline,
+    _vision_heads, _text_heads, _patches, _rope, _logit_scale, _vision_tp, _text_tp, _same_tp, _pipeline, _recompute,
     _task_sections, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
     _micro_batch, _saving,
 )  # fmt: skip

@@ -7,6 +7,7 @@ from megaeva.model.clip_model import CLIPModel, LogitScale, build_clip
 from megaeva.model.count import count_parameters
 from megaeva.model.init import init_weights
 from megaeva.model.mim_student import MIMStudent
+from megaeva.model.recompute import set_recompute
 from megaeva.model.teacher import Teacher
 from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
@@ -21,4 +22,5 @@ __all__ = [
     "build_clip",
     "count_parameters",
     "init_weights",
+    "set_recompute",
 ]

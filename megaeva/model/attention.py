@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -110,7 +111,11 @@ class SelfAttention(MegatronModule):
         query, key, value = qkv.view(num_tokens, batch, self.num_heads, 3, self.head_width).unbind(3)
         if rotary_cos_sin is not None:
             query, key = rotate(query, rotary_cos_sin), rotate(key, rotary_cos_sin)
-        out_BASK = self.core_attention(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
+        heads_BASK = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
+        if self.config.recompute_granularity == "selective" and self.training:
+            out_BASK = checkpoint(self.core_attention, False, *heads_BASK)
+        else:
+            out_BASK = self.core_attention(*heads_BASK)
         out = out_BASK.permute(2, 0, 1, 3).flatten(2)
         if self.inner_norm is not None:
             out = self.inner_norm(out)

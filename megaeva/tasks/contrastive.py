@@ -15,6 +15,7 @@ from megaeva.eval.harness import evaluate
 from megaeva.losses.contrastive import clip_loss
 from megaeva.model.clip_model import build_clip
 from megaeva.model.init import init_weights
+from megaeva.model.recompute import set_recompute
 from megaeva.parallel.grid import build_grid
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import global_step
@@ -35,6 +36,8 @@ class Contrastive:
             layer_spec=runtime.layer_spec,
             device=runtime.device,
         )
+        set_recompute(self.model.vision, cfg.parallel.vision.recompute)
+        set_recompute(self.model.text, cfg.parallel.text.recompute)
         init_weights(self.model, seed=cfg.seed, task="contrastive", grid=self.grid)
         self.start_report = self._load_start()
         self.towers: Sequence[Tower] = [

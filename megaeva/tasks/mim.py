@@ -17,6 +17,7 @@ from megaeva.eval.masked import evaluate_masked
 from megaeva.losses.feature_distill import negative_cosine_share
 from megaeva.model.init import init_weights
 from megaeva.model.mim_student import MIMStudent
+from megaeva.model.recompute import set_recompute
 from megaeva.model.teacher import Teacher
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.collectives import all_sum
@@ -43,6 +44,7 @@ class MIM:
             device=runtime.device,
             stop_grad_patch_embed=cfg.mim.stop_grad_patch_embed,
         )
+        set_recompute(self.student.vision, cfg.parallel.vision.recompute)
         init_weights(self.student, seed=cfg.seed, task="mim", grid=self.grid)
         self.start_report = report
         if cfg.init.vision:

@@ -49,7 +49,8 @@ class FreshTeacherMIM(MIM):
         return Teacher(tower), cfg.model.embed_dim, []
 
 
-def recipe(task: str, model: ModelSection, tp: int) -> Config:
+def recipe(task: str, model: ModelSection, tp: int, recompute: Any) -> Config:
+    axes = AxesSection(tp=tp, recompute=recompute)
     vision = model.vision.model_copy(update={"patch_dropout": 0.5, "drop_path": 0.0})
     return Config(
         task=task,
@@ -57,7 +58,7 @@ def recipe(task: str, model: ModelSection, tp: int) -> Config:
         model=model.model_copy(update={"vision": vision}),
         teacher=TeacherSection(checkpoint="unused") if task == "mim" else None,
         mim=MIMSection(mask=MaskSection(num_masked=4, min_block=1)) if task == "mim" else None,
-        parallel=ParallelSection(vision=AxesSection(tp=tp), text=AxesSection(tp=tp), distributed_optimizer=False),
+        parallel=ParallelSection(vision=axes, text=axes, distributed_optimizer=False),
         optim=OptimSection(vision=TowerOptimSection(lr=1e-3)),
         train=TrainSection(total_samples=NUM_SAMPLES, global_batch_size=NUM_SAMPLES, precision="fp32"),
     )
@@ -83,8 +84,10 @@ def whole_batch(model: ModelSection, task: str) -> Batch:
     )
 
 
-def one_step(runtime: Runtime, task_name: str, model: ModelSection, tp: int, num_microbatches: int) -> Result:
-    cfg = recipe(task_name, model, tp)
+def one_step(
+    runtime: Runtime, task_name: str, model: ModelSection, tp: int, num_microbatches: int, recompute: Any
+) -> Result:
+    cfg = recipe(task_name, model, tp, recompute)
     task = Contrastive(cfg, runtime) if task_name == "contrastive" else FreshTeacherMIM(cfg, runtime)
     grid = task.grid
     mine = whole_batch(cfg.model, task_name).split(NUM_SAMPLES // grid.dp_size)[grid.dp_rank]
@@ -99,30 +102,33 @@ def one_step(runtime: Runtime, task_name: str, model: ModelSection, tp: int, num
     return loss.item(), gradients
 
 
-def all_steps(runtime: Runtime, tp: int, num_microbatches: int) -> list[Result] | None:
+def all_steps(runtime: Runtime, tp: int, num_microbatches: int, recompute: Any) -> list[Result] | None:
     torch.manual_seed(runtime.rank)  # nothing may depend on the state of the default generator
-    results = [one_step(runtime, task, MODELS[name], tp, num_microbatches) for task, name in CASES]
+    results = [one_step(runtime, task, MODELS[name], tp, num_microbatches, recompute) for task, name in CASES]
     return results if runtime.is_main else None
 
 
 @pytest.fixture(scope="module")
 def single() -> list[Result]:
-    (results,) = run_ranks(all_steps, 1, 1, 1, timeout=300)
+    (results,) = run_ranks(all_steps, 1, 1, 1, "none", timeout=300)
     return results
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "tp", "num_microbatches"),
+    ("num_ranks", "tp", "num_microbatches", "recompute"),
     [
-        pytest.param(1, 1, 4, id="accumulate4"),
-        pytest.param(2, 2, 1, id="tp2"),
-        pytest.param(2, 1, 1, id="dp2"),
-        pytest.param(2, 1, 2, id="dp2_accumulate2"),
-        pytest.param(4, 2, 1, id="tp2_dp2"),
+        pytest.param(1, 1, 4, "none", id="accumulate4"),
+        pytest.param(2, 2, 1, "none", id="tp2"),
+        pytest.param(2, 2, 2, "full", id="tp2_accumulate2_recompute_full"),
+        pytest.param(2, 1, 1, "none", id="dp2"),
+        pytest.param(2, 1, 2, "selective", id="dp2_accumulate2_recompute_selective"),
+        pytest.param(4, 2, 1, "none", id="tp2_dp2"),
     ],
 )
-def test_step_equals_single_process(single: Any, num_ranks: int, tp: int, num_microbatches: int) -> None:
-    parallel = run_ranks(all_steps, num_ranks, tp, num_microbatches, timeout=300)[0]
+def test_step_equals_single_process(
+    single: Any, num_ranks: int, tp: int, num_microbatches: int, recompute: Any
+) -> None:
+    parallel = run_ranks(all_steps, num_ranks, tp, num_microbatches, recompute, timeout=300)[0]
     assert parallel is not None
     for (task, name), (loss, gradients), (exact_loss, exact) in zip(CASES, parallel, single, strict=True):
         assert abs(loss - exact_loss) <= 1e-5 * abs(exact_loss), (task, name, loss, exact_loss)

@@ -1,12 +1,23 @@
 """What towers promise beyond the numbers of published models: masking, dropping, precision, names."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megaeva.config.schema import LogitScaleSection
 from megaeva.config.variants import VARIANTS
-from megaeva.model import LogitScale, MIMStudent, Teacher, TextTower, VisionTower, build_clip, init_weights
+from megaeva.model import (
+    LogitScale,
+    MIMStudent,
+    Teacher,
+    TextTower,
+    VisionTower,
+    build_clip,
+    init_weights,
+    set_recompute,
+)
 from megaeva.model.rope2d import angle_table, gather_angles, rotate
 from megaeva.parallel.runtime import seed_pass
 from tests.helpers.tiny import (
@@ -174,20 +185,27 @@ def test_bf16_is_close_to_fp32(variant: str) -> None:
         assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize(("mode", "layer_passes", "attention_passes"), [("selective", 3, 6), ("full", 6, 6), (2, 5, 5)])
 @pytest.mark.parametrize("variant", ["EVA02-CLIP-L-14", "ViT-H-14", "EVA-CLIP-18B"])
-def test_recomputation_gives_the_same_gradients(variant: str) -> None:
-    """mcore's full recomputation runs our layers, with rotary angles and drop path replayed."""
+def test_recomputation_gives_the_same_gradients(
+    variant: str, mode: Any, layer_passes: int, attention_passes: int
+) -> None:
+    """Rotary angles and drop path are replayed, and what the mode names is really computed twice."""
     cfg = tiny(variant, drop_path=0.5)
     image = example_images(cfg)
     grads = []
-    for granularity in (None, "full"):
+    for recompute in ("none", mode):
         tower = VisionTower(cfg.vision, 20, grid=single_grid())
         load_full(tower, random_state(full_shapes(tower)), single_grid())
-        tower.config.recompute_granularity = granularity
-        tower.config.recompute_method, tower.config.recompute_num_layers = "uniform", 1
+        set_recompute(tower, recompute)
+        passes = {"layer": 0, "attention": 0}
+        for layer in tower.blocks.layers:
+            for part, module in (("layer", layer), ("attention", layer.self_attention.core_attention)):
+                module.register_forward_hook(lambda *_, seen=passes, part=part: seen.update({part: seen[part] + 1}))
         seed_pass(0, 0, 0, 0)
         tower(image).square().sum().backward()
         grads.append({name: param.grad for name, param in tower.named_parameters()})
+    assert passes == {"layer": layer_passes, "attention": attention_passes}
     for name, plain in grads[0].items():
         assert plain is not None and torch.allclose(grads[1][name], plain, rtol=0, atol=0), name
 
