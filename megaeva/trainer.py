@@ -49,7 +49,7 @@ class Trainer:
         newest = self._open_run_folder(resume)
         self.task = build_task(cfg, runtime)
         grid = self.task.grid
-        with together("opening the data", runtime):
+        with together("opening the data"):
             data_report = preflight(cfg, grid.dp_size) if runtime.is_main else ""
             self.loader = Loader(
                 cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
@@ -60,7 +60,7 @@ class Trainer:
         self.micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // grid.dp_size
         self.signal_received = 0
         starts = self.task.start_report
-        with together("writing to the run folder", runtime):
+        with together("writing to the run folder"):
             self.record = RunRecord(
                 self.run_dir,
                 enabled=runtime.is_main,
@@ -136,7 +136,7 @@ class Trainer:
         failed, save, *stops = all_sum([error is not None, self._save_is_due(), *interrupts], self.runtime)
         if failed:
             self._save_finished_steps()
-            raise_together(error, "reading data", self.runtime)
+            raise_together(error, "reading data")
         assert batch is not None
         return batch, bool(save), next((number for number, stop in zip(_SIGNALS, stops, strict=True) if stop), 0)
 
@@ -183,7 +183,7 @@ class Trainer:
 
     def _open_run_folder(self, resume: bool) -> Path | None:
         """Make the folder and write the resolved recipe; returns the checkpoint to continue from, on every rank."""
-        with together("opening the run folder", self.runtime):
+        with together("opening the run folder"):
             newest = self.store.newest()
             if newest and not resume:
                 raise CheckpointError(
@@ -193,7 +193,7 @@ class Trainer:
             if self.runtime.is_main:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
         # Rank 0's view: a network file system may show another rank an older listing.
-        return broadcast_object(newest, self.runtime)
+        return broadcast_object(newest)
 
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
@@ -218,7 +218,7 @@ class Trainer:
 
     def _stop_on(self, figure: str, value: float, batch: Batch) -> None:
         """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
-        keys = [key for keys in gather_objects(batch.keys, self.runtime) for key in keys]
+        keys = [key for keys in gather_objects(batch.keys) for key in keys]
         name = f"bad_batch_step_{self.next_step}.json"
         self.record.write_json(name, {"step": self.next_step, figure: str(value), "keys": keys})
         raise UserError(

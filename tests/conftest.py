@@ -1,6 +1,8 @@
 """What every test gets: one thread, and no GPU test without a GPU."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported anywhere, and inherited by every process a test starts: ranks with a thread pool each would
 # spin against one another, and sums would depend on the number of cores.
@@ -19,3 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Any]:
+    """This process as a job of one rank, a `megaeva.parallel.runtime.Runtime`."""
+    import torch.distributed as dist
+
+    from megaeva.parallel.runtime import start, stop
+
+    started_here = not dist.is_initialized()
+    yield start("cpu")
+    if started_here:
+        stop()

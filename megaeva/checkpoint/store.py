@@ -16,14 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megaeva import __version__
 from megaeva.checkpoint import layout, torch_dist
-from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.sharded import sharded_tensors
-from megaeva.checkpoint.weights import LoadReport, assign, load_weights, open_checkpoint, reading
+from megaeva.checkpoint.weights import assign, open_checkpoint, reading
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError, is_lost_peer
+from megaeva.parallel.collectives import gather_objects
 from megaeva.parallel.wrap import Tower
-
-__all__ = ["CheckpointStore", "LoadReport", "LoadedState", "load_weights", "read_model_section"]
 
 
 class Optimizer(Protocol):
@@ -106,7 +104,7 @@ class CheckpointStore:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     layout.clean(self.folder)
                     writing.mkdir()
-            loader_states = _gather(_loader_entry(towers, loader_state))
+            loader_states = gather_objects(_loader_entry(towers, loader_state))
             state = _model_state(towers)
             state["optimizer"] = optimizer.sharded_state_dict({t.name: state[t.name] for t in towers})
             size = torch_dist.num_bytes(state)
@@ -254,12 +252,6 @@ def _is_main() -> bool:
     return dist.get_rank() == 0
 
 
-def _gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 class _agreed:
     """A block that, if it raises on one rank, raises on all; for blocks that raise after their collectives."""
 
@@ -269,7 +261,7 @@ class _agreed:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        texts = _gather(None if error is None else f"{type(error).__name__}: {error}")
+        texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is None and any(texts):
             rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
             raise RuntimeError(f"rank {rank}: {text}")

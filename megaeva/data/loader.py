@@ -22,12 +22,8 @@ from megaeva.data.batch import Batch
 from megaeva.data.builder import BatchBuilder, Spec, check_enough_shards
 from megaeva.data.decode import make_decoder
 from megaeva.data.decode_dali import gpu_index
-from megaeva.data.evaluation import EvalBatch, eval_batches
-from megaeva.data.preflight import preflight
 from megaeva.data.shards import expand_shards
 from megaeva.errors import DataError, UserError
-
-__all__ = ["EvalBatch", "Loader", "eval_batches", "preflight"]
 
 logger = logging.getLogger(__name__)
 

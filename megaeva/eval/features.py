@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from megaeva.data.evaluation import EvalBatch, eval_batches
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.data.transforms import MEAN, STD
 from megaeva.errors import DataError
+from megaeva.parallel.collectives import gather_objects
 from megaeva.parallel.grid import Grid
 
 
@@ -136,12 +136,10 @@ def encode_texts(
 def gather_shares(share: Any, error: Exception | None, grid: Grid) -> list[Any]:
     """What every data rank has, in rank order, on each of them; an error of one rank is raised on all.
 
-    All data ranks call it. Shares are pickled between our own processes.
+    All data ranks call it.
     """
-    shares: list[Any] = [(share, error and f"{type(error).__name__}: {error}")]
-    if grid.dp_size > 1:
-        mine, shares = shares[0], [None] * grid.dp_size
-        dist.all_gather_object(shares, mine, group=grid.groups.dp)
+    mine = (share, error and f"{type(error).__name__}: {error}")
+    shares = gather_objects(mine, grid.groups.dp) if grid.dp_size > 1 else [mine]
     if error is not None:
         raise error
     for rank, (_, text) in enumerate(shares):

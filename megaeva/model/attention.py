@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megaeva.model.attributes import mark_sharded
 from megaeva.model.linear import no_init
+from megaeva.model.norm import build_inner_norm
 from megaeva.model.rope2d import rotate
 
 
@@ -82,15 +83,7 @@ class SelfAttention(MegatronModule):
             mark_sharded(self.q_bias, 0)
             mark_sharded(self.v_bias, 0)
         self.core_attention = build_module(submodules.core_attention)
-        self.inner_norm = None
-        if submodules.inner_norm is not None:
-            self.inner_norm = build_module(
-                submodules.inner_norm,
-                config=config,
-                hidden_size=width,
-                eps=config.layernorm_epsilon,
-                pg_collection=pg_collection,
-            )
+        self.inner_norm = build_inner_norm(submodules.inner_norm, config, width, pg_collection)
         self.linear_proj = build_module(submodules.linear_proj, width, config.hidden_size, bias=True, **shared)
 
     def _qkv_bias(self) -> Tensor | None:

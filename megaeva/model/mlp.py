@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaeva.model.linear import no_init
+from megaeva.model.norm import build_inner_norm
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -56,15 +57,7 @@ class MLP(MegatronModule):
         shared = {"config": config, "init_method": no_init, "bias": True, "tp_group": pg_collection.tp}
         gates = 2 if self.gated else 1
         self.linear_fc1 = build_module(submodules.linear_fc1, config.hidden_size, gates * width, stride=gates, **shared)
-        self.inner_norm = None
-        if submodules.inner_norm is not None:
-            self.inner_norm = build_module(
-                submodules.inner_norm,
-                config=config,
-                hidden_size=width,
-                eps=config.layernorm_epsilon,
-                pg_collection=pg_collection,
-            )
+        self.inner_norm = build_inner_norm(submodules.inner_norm, config, width, pg_collection)
         self.linear_fc2 = build_module(submodules.linear_fc2, width, config.hidden_size, **shared)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:

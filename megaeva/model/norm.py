@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -131,3 +132,15 @@ class ShardedNorm(Norm):
             return super().forward(x)
         normed: Tensor = _Sharded.apply(x, self.weight, self.bias, self.epsilon, self._group)
         return normed
+
+
+def build_inner_norm(
+    spec: type | ModuleSpec | None, config: TransformerConfig, width: int, pg_collection: ProcessGroupCollection
+) -> nn.Module | None:
+    """Returns the sub-LN of an attention or MLP over its inner `width` (of all tp ranks together); None without one."""
+    if spec is None:
+        return None
+    norm: nn.Module = build_module(
+        spec, config=config, hidden_size=width, eps=config.layernorm_epsilon, pg_collection=pg_collection
+    )
+    return norm

@@ -39,26 +39,28 @@ def all_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def gather_objects(value: T, runtime: Runtime) -> list[T]:
-    """One picklable value from every rank, in rank order, on every rank; between our own processes only."""
-    if runtime.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(values, value)
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """One picklable value from every rank of `group` (the world if None), in rank order, on each of them.
+
+    Values are pickled, between our own processes only.
+    """
+    values: list[Any] = [value] * dist.get_world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_object(value: T, runtime: Runtime) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value on every rank."""
-    return gather_objects(value if runtime.is_main else None, runtime)[0]  # type: ignore[return-value]
+    return gather_objects(value)[0]
 
 
-def raise_together(error: Exception | None, what: str, runtime: Runtime) -> None:
+def raise_together(error: Exception | None, what: str) -> None:
     """Return if no rank has an error; otherwise raise on every rank. All ranks must call it.
 
     The failing rank raises its own error, the others a `RemoteError` that names the rank and quotes it.
     """
-    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}", runtime)
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, text in enumerate(texts):
@@ -67,14 +69,14 @@ def raise_together(error: Exception | None, what: str, runtime: Runtime) -> None
 
 
 @contextmanager
-def together(what: str, runtime: Runtime) -> Iterator[None]:
+def together(what: str) -> Iterator[None]:
     """Run a block on every rank; if it fails on one, it fails on all. Not for blocks that contain collectives."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    raise_together(error, what, runtime)
+    raise_together(error, what)
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -64,11 +64,6 @@ class _TransformerEngineGuard(importlib.abc.MetaPathFinder):
 transformer_engine_failure: list[str] = []
 """Why importing an installed Transformer Engine failed, innermost first; empty when it works or is not installed."""
 
-# What mcore says on import and torch at each collective, which no user of ours can act on: apex is optional, and the
-# renamed collectives are mcore's to call. Delete with the mcore version that no longer says it.
-warnings.filterwarnings("ignore", message="Apex is not installed")
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-
 if not any(isinstance(finder, _TransformerEngineGuard) for finder in sys.meta_path):
     sys.meta_path.insert(0, _TransformerEngineGuard())
 
@@ -90,7 +85,12 @@ def require_transformer_engine() -> None:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------- noise without a GPU
+# ------------------------------------------------------------------------------------------------------------- noise
+
+# What mcore says on import and torch at each collective, which no user of ours can act on: apex is optional, and the
+# renamed collectives are mcore's to call. Delete with the mcore version that no longer says it.
+warnings.filterwarnings("ignore", message="Apex is not installed")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
 if not torch.cuda.is_available():
     # Said by four mcore modules on every rank at import; on a CPU there are no other implementations to install.

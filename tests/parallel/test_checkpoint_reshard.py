@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megaeva.checkpoint import torch_dist
-from megaeva.checkpoint.store import CheckpointStore, load_weights
+from megaeva.checkpoint.store import CheckpointStore
+from megaeva.checkpoint.weights import load_weights
 from megaeva.errors import CheckpointError
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.runtime import Runtime

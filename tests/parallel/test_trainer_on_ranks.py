@@ -81,7 +81,7 @@ def scenario(runtime: Runtime, folder: str) -> tuple[list[list[str]], list[str]]
         trainer.loader = type("Broken", (), {"__next__": lambda self: fail(), "__getattr__": lambda self, name: dict})()
     with pytest.raises((DataError, RemoteError)) as caught:
         trainer.next_batch()
-    return seen, gather_objects(f"{type(caught.value).__name__}: {caught.value}", runtime)
+    return seen, gather_objects(f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_two_ranks_share_resume_and_stop_together(tmp_path: Path) -> None:

@@ -4,29 +4,21 @@ import json
 import os
 import pickle
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megaeva.checkpoint import layout, torch_dist
-from megaeva.checkpoint.store import CheckpointStore, LoadedState, load_weights, read_model_section
+from megaeva.checkpoint.layout import read_model_section
+from megaeva.checkpoint.store import CheckpointStore, LoadedState
+from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError
 from megaeva.optim.build import build_optimizer
-from megaeva.parallel.runtime import Runtime, start, stop
+from megaeva.parallel.runtime import Runtime
 from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    started_here = not dist.is_initialized()
-    yield start("cpu")
-    if started_here:
-        stop()
 
 
 class Run:

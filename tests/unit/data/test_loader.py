@@ -28,7 +28,8 @@ from megaeva.config.schema import (
 )
 from megaeva.data import builder as builder_module
 from megaeva.data.batch import Batch
-from megaeva.data.loader import EvalBatch, Loader, eval_batches
+from megaeva.data.evaluation import EvalBatch, eval_batches
+from megaeva.data.loader import Loader
 from megaeva.data.synthetic import make_shards
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError

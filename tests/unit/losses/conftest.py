@@ -1,15 +1,12 @@
 """One process is a job of one rank."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from megaeva.config.schema import AxesSection
-from megaeva.parallel import runtime
 from megaeva.parallel.grid import Grid, build_grid
+from megaeva.parallel.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
-def single_rank() -> Iterator[Grid]:
-    yield build_grid(AxesSection(), runtime.start("cpu"))
-    runtime.stop()
+def single_rank(runtime: Runtime) -> Grid:
+    return build_grid(AxesSection(), runtime)

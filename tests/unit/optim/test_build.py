@@ -1,10 +1,7 @@
 """The optimizer of real towers and its corner cases, in one process."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
@@ -13,16 +10,8 @@ from megaeva.model.mim_student import MIMStudent
 from megaeva.optim.build import build_optimizer
 from megaeva.optim.param_groups import find_rule
 from megaeva.parallel.grid import grid_of_one
-from megaeva.parallel.runtime import Runtime, start, stop
+from megaeva.parallel.runtime import Runtime
 from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    started_here = not dist.is_initialized()
-    yield start("cpu")
-    if started_here:
-        stop()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
