@@ -8,6 +8,7 @@ of the trainer that keeps ahead of it. In all three the batches are a function o
 import json
 import logging
 import queue
+import signal
 import threading
 import time
 import zlib
@@ -79,8 +80,14 @@ def _from_processes(spec: Spec, states: Sequence[dict[str, Any] | None], first: 
         prefetch_factor=_BATCHES_AHEAD,
         multiprocessing_context="spawn",
     )
+    chld_handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(items)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises in the main thread wherever it is, in the middle of a step too, when a worker dies. Put
+        # back what was there: `next` looks at the workers itself every few seconds, so the error comes from `next`.
+        signal.signal(signal.SIGCHLD, chld_handler)
     try:
-        yield from items
+        yield from iterator
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
