@@ -75,9 +75,9 @@ def eval_crop(
 ) -> Crop:
     """The deterministic evaluation crop of a `width` x `height` image.
 
-    crop: shortest edge to `image_size` / `crop_share`, then the centre, as torchvision's Resize and CenterCrop (up to the resampling
-    phase in images more than four times as long as wide: their ends, which the centre never shows, are cut first, so
-    that a 60,000 x 1 image is not blown up). squash: both edges to `image_size`.
+    crop: shortest edge to `image_size` / `crop_share`, then the centre, as torchvision's Resize and CenterCrop (up to
+    the resampling phase in images more than four times as long as wide: their ends, which the centre never shows, are
+    cut first, so that a 60,000 x 1 image is not blown up). squash: both edges to `image_size`.
     """
     if resize == "squash":
         return Crop(0, 0, width, height, image_size, image_size)

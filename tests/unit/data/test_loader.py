@@ -308,7 +308,10 @@ def test_broken_samples_are_skipped_and_counted(tmp_path: Path, decoder: str, ca
 def test_too_many_broken_samples_stop_the_run(tmp_path: Path, num_workers: int) -> None:
     samples = [{"jpg": jpeg(i), "txt": b"x"} for i in range(9)] + [{"jpg": WHOLE, "txt": b"\xff"}] * 3
     loader = open_loader(recipe(write_shard(tmp_path / "x.tar", samples), batch=4, num_workers=num_workers))
-    message = r"3 of 12 samples are broken: 3 bad_caption \(not UTF-8; first: x/\d+, x/\d+, x/\d+\); at most .*max_dropped_share=0.01"
+    message = (
+        r"3 of 12 samples are broken: 3 bad_caption \(not UTF-8; first: x/\d+, x/\d+, x/\d+\); "
+        r"at most .*max_dropped_share=0.01"
+    )
     with pytest.raises(DataError, match=message):
         take(loader, 10)
 
