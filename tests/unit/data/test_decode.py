@@ -133,13 +133,14 @@ def test_more_images_than_dalis_batch(dali: Decoder) -> None:
     assert torch.equal(decoded.image_BCHW[0], decoded.image_BCHW[39].flip(-1))
 
 
+@pytest.mark.parametrize("crop_share", [1.0, 0.875, 48 / 54])
 @pytest.mark.parametrize("size", [(400, 300), (101, 99), (54, 54), (199, 50)])
-def test_eval_crops_equal_torchvision(size: tuple[int, int]) -> None:
+def test_eval_crops_equal_torchvision(size: tuple[int, int], crop_share: float) -> None:
     picture = photo(1, *size)
-    transform = [v2.Resize(SIZE, v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIZE)]
+    transform = [v2.Resize(round(SIZE / crop_share), v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIZE)]
     image = open_image(encode(picture, "PNG"), MAX_PIXELS)
     expected = np.asarray(v2.Compose(transform)(picture))
-    assert np.array_equal(decode_pixels(image, eval_crop(*size, SIZE, "crop"), SIZE), expected)
+    assert np.array_equal(decode_pixels(image, eval_crop(*size, SIZE, "crop", crop_share), SIZE), expected)
     squashed = np.asarray(v2.Resize((SIZE, SIZE), v2.InterpolationMode.BICUBIC)(picture))
     assert np.array_equal(decode_pixels(image, eval_crop(*size, SIZE, "squash"), SIZE), squashed)
 
