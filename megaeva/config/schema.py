@@ -151,7 +151,12 @@ class AxesSection(Section):
     """How one tower is spread and what it keeps; what is left of the world is data parallel."""
 
     tp: int = Field(1, ge=1)
-    pp: int = Field(1, ge=1)
+    sequence_parallel: bool = Field(False, description="cut tokens over tp between the linears; no effect at tp=1")
+    pp: int = Field(1, ge=1, description="pipeline ranks; vision only, text lives on all of them")
+    vpp: int = Field(1, ge=1, description="virtual stages of each pipeline rank (interleaved 1F1B)")
+    layers_per_stage: tuple[PositiveInt, ...] | None = Field(
+        None, description="layers of the pp x vpp virtual stages in order of depth; None: even, the ends lighter"
+    )
     recompute: Literal["none", "selective", "full"] | PositiveInt = Field(
         "none", description="activations computed again in backward: attention's, every layer's, the first N layers'"
     )
@@ -166,12 +171,16 @@ class AxesSection(Section):
 
 
 class ParallelSection(Section):
-    """One grid for each tower."""
+    """One grid for each tower; `vision` is also the MIM student's."""
 
     vision: AxesSection = AxesSection()
     text: AxesSection = AxesSection()
+    teacher: AxesSection = AxesSection()
     distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = Field(False, description="gradients are reduced while backward goes on")
+    overlap_param_gather: bool = Field(
+        False, description="the distributed optimizer's parameters are gathered during the next forward pass"
+    )
 
 
 class TowerOptimSection(Section):

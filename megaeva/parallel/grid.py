@@ -19,9 +19,11 @@ class Grid:
     """One tower's parallel axes and this rank's place on them.
 
     Attributes:
+        axes: what the recipe asks of it.
         groups: every group that Megatron-core 0.16 asks for when groups are passed explicitly.
     """
 
+    axes: AxesSection
     groups: ProcessGroupCollection
     tp_size: int
     tp_rank: int
@@ -29,6 +31,31 @@ class Grid:
     pp_rank: int
     dp_size: int
     dp_rank: int
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether hidden states are cut over tp along the sequence, between the linears."""
+        return self.axes.sequence_parallel and self.tp_size > 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the tower's output."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the tower, tp x pp: neighbours, and the ranks of `groups.mp`."""
+        return self.tp_size * self.pp_size
+
+    @property
+    def model_rank(self) -> int:
+        """This rank's place among them."""
+        return self.pp_rank * self.tp_size + self.tp_rank
 
 
 def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
@@ -75,6 +102,7 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
     ends = [[ranks[0]] if axes.pp == 1 else [ranks[0], ranks[-1]] for ranks in stages]
     groups.embd, _ = dist.new_subgroups_by_enumeration(ends, backend=runtime.backend)
     return Grid(
+        axes=axes,
         groups=groups,
         tp_size=axes.tp,
         tp_rank=groups.tp.rank(),
@@ -89,4 +117,4 @@ def grid_of_one() -> Grid:
     """Returns a grid without process groups, enough to build a tower (on any device, meta too) but not to run it."""
     names = ("tp", "cp", "pp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "expt_dp", "tp_ep_pp", "intra_dist_opt")
     groups = ProcessGroupCollection(**dict.fromkeys(names))
-    return Grid(groups=groups, tp_size=1, tp_rank=0, pp_size=1, pp_rank=0, dp_size=1, dp_rank=0)
+    return Grid(axes=AxesSection(), groups=groups, tp_size=1, tp_rank=0, pp_size=1, pp_rank=0, dp_size=1, dp_rank=0)

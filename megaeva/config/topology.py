@@ -1,0 +1,41 @@
+"""How a recipe cuts its towers over ranks: arithmetic on sizes, without torch or a process group.
+
+Ranks are numbered tp fastest, then pp, then dp. So a tower of tp x pp = M has its data rank d on ranks d*M .. d*M+M-1.
+"""
+
+from math import lcm
+
+from megaeva.config.schema import AxesSection, Config
+
+
+def virtual_stages(axes: AxesSection, num_layers: int) -> tuple[range, ...]:
+    """Layers of each virtual pipeline stage in order of depth, `axes.pp * axes.vpp` ranges of layer numbers from 0.
+
+    Virtual stage v runs on pipeline rank v % pp, as that rank's chunk v // pp. Without `axes.layers_per_stage` layers
+    are shared out evenly; what is left over goes to the middle stages, as the first also embeds and the last projects.
+    """
+    sizes = axes.layers_per_stage or _even(num_layers, axes.pp * axes.vpp)
+    starts = [sum(sizes[:v]) for v in range(len(sizes))]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    base, left = divmod(num_layers, num_stages)
+    by_distance_to_middle = sorted(range(num_stages), key=lambda v: (abs(2 * v - num_stages + 1), v))
+    heavier = set(by_distance_to_middle[:left])
+    return tuple(base + (v in heavier) for v in range(num_stages))
+
+
+def step_axes(cfg: Config) -> dict[str, AxesSection]:
+    """The axes of each module that runs in a step, by name: vision and text, or student and teacher."""
+    if cfg.task == "mim":
+        return {"student": cfg.parallel.vision, "teacher": cfg.parallel.teacher}
+    return {"vision": cfg.parallel.vision, "text": cfg.parallel.text}
+
+
+def sharing_ranks(cfg: Config) -> int:
+    """Neighbouring ranks that read the same samples: the smallest block made of whole data ranks of every tower.
+
+    Within it each tower's data ranks take their own slice of those samples.
+    """
+    return lcm(*(axes.tp * axes.pp for axes in step_axes(cfg).values()))
