@@ -6,9 +6,10 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
+from megaeva.config.problem import Problem
 from megaeva.config.schema import Config, LoopConfig, Section
 from megaeva.config.source import Keys, Source, get_in
-from megaeva.config.validate import Problem, UnknownValue
+from megaeva.config.validate import UnknownValue
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from megaeva.config.explain import Partial, explain, is_free, report, section_of
+from megaeva.config.problem import Problem
 from megaeva.config.schema import Config, LoopConfig, Section, StageSection
 from megaeva.config.source import COMMAND_LINE, Dumper, Keys, Source, gather, get_in, leaves, merge, shown
-from megaeva.config.validate import LOOP_RULES, RULES, Problem, problems
+from megaeva.config.validate import LOOP_RULES, RULES, problems
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 

@@ -26,11 +26,32 @@ def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(base + (v in heavier) for v in range(num_stages))
 
 
+PARALLEL_KEYS = {"vision": "vision", "text": "text", "student": "vision", "teacher": "teacher"}
+"""The section of `parallel` that spreads each module of `step_axes`."""
+
+
 def step_axes(cfg: Config) -> dict[str, AxesSection]:
     """The axes of each module that runs in a step, by name: vision and text, or student and teacher."""
     if cfg.task == "mim":
         return {"student": cfg.parallel.vision, "teacher": cfg.parallel.teacher}
     return {"vision": cfg.parallel.vision, "text": cfg.parallel.text}
+
+
+def data_ranks(axes: AxesSection, world_size: int) -> int:
+    """Copies of a tower on these axes, each with its own share of the batch; 0 if there are too few processes."""
+    return world_size // (axes.tp * axes.pp)
+
+
+def microbatches(cfg: Config, axes: AxesSection, world_size: int) -> tuple[int, int]:
+    """(samples, passes) of one data rank of the tower on `axes`: its share of the global batch in equal microbatches.
+
+    Their size is the largest divisor of the share up to train.micro_batch_size, which is the share itself where that
+    key is null. For the vision tower `check_world` has seen to it that the key itself divides the share.
+    """
+    share = cfg.train.global_batch_size // data_ranks(axes, world_size)
+    limit = cfg.train.micro_batch_size or share
+    size = next(size for size in range(min(limit, share), 0, -1) if share % size == 0)
+    return size, share // size
 
 
 def sharing_ranks(cfg: Config) -> int:

@@ -6,11 +6,13 @@ partly wrong, so that everything is reported at once; a rule that needs an unrea
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import gcd
 from typing import TypeVar
 
+from megaeva.config.layout import LAYOUT_RULES
+from megaeva.config.problem import Problem, divisors
 from megaeva.config.schema import Config, LoopConfig, TextSection, VisionSection
+from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
 from megaeva.errors import ConfigError
 
 CLIP_VOCAB_SIZE = 49408
@@ -18,27 +20,8 @@ _FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _ConfigT = TypeVar("_ConfigT", Config, LoopConfig)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: the key, what must be, and what to do. `load` adds the value, the file and the line."""
-
-    key: str
-    must: str
-    do: str
-
-
 class UnknownValue(Exception):
     """A rule asked for a field that could not be read; control flow between the rules and `load`, never shown."""
-
-
-def _choices(values: list[int]) -> str:
-    """The text "1, 2 or 4"."""
-    words = [str(v) for v in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 # ------------------------------------------------------------------------------------------------------ one tower
@@ -91,79 +74,6 @@ def _logit_scale(cfg: Config) -> Iterator[Problem]:
             f"must lie in [0, model.logit_scale.max={scale.max:.6g}]",
             "give the logarithm of the inverse temperature, e.g. 2.6592600369327783 for 1/0.07",
         )
-
-
-# ------------------------------------------------------------------------------------------------- parallel sizes
-
-
-def vision_tp_choices(cfg: Config) -> list[int]:
-    """The tensor-parallel sizes that split the vision tower evenly (heads and MLP), ascending."""
-    return _divisors(gcd(cfg.model.vision.num_heads, cfg.model.vision.ffn_hidden_size))
-
-
-def text_tp_choices(cfg: Config) -> list[int]:
-    """The tensor-parallel sizes that split the text tower evenly (heads, MLP and vocabulary), ascending."""
-    text = cfg.model.text
-    return _divisors(gcd(text.num_heads, text.ffn_hidden_size, text.vocab_size))
-
-
-def _tp_splits(key: str, tp: int, sizes: dict[str, int], choices: list[int]) -> Iterator[Problem]:
-    broken = [f"{name}={size}" for name, size in sizes.items() if size % tp]
-    if broken:
-        yield Problem(f"parallel.{key}.tp", f"must divide {' and '.join(broken)}", f"use {_choices(choices)}")
-
-
-def _vision_tp(cfg: Config) -> Iterator[Problem]:
-    vision = cfg.model.vision
-    sizes = {
-        "model.vision.num_heads": vision.num_heads,
-        "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
-    }
-    yield from _tp_splits("vision", cfg.parallel.vision.tp, sizes, vision_tp_choices(cfg))
-
-
-def _text_tp(cfg: Config) -> Iterator[Problem]:
-    if cfg.task != "contrastive":
-        return
-    text = cfg.model.text
-    sizes = {
-        "model.text.num_heads": text.num_heads,
-        "model.text.ffn_hidden_size": text.ffn_hidden_size,
-        "model.text.vocab_size": text.vocab_size,
-    }
-    yield from _tp_splits("text", cfg.parallel.text.tp, sizes, text_tp_choices(cfg))
-
-
-def _same_tp(cfg: Config) -> Iterator[Problem]:
-    if cfg.task == "contrastive" and cfg.parallel.vision.tp != cfg.parallel.text.tp:
-        both = sorted(set(vision_tp_choices(cfg)) & set(text_tp_choices(cfg)))
-        yield Problem(
-            "parallel.text.tp",
-            f"must equal parallel.vision.tp={cfg.parallel.vision.tp} in this version "
-            "(towers of different tensor-parallel sizes come with the parallelism issue)",
-            f"set both to {_choices(both)}",
-        )
-
-
-def _recompute(cfg: Config) -> Iterator[Problem]:
-    towers = (("vision", cfg.parallel.vision, cfg.model.vision), ("text", cfg.parallel.text, cfg.model.text))
-    for name, axes, tower in towers:
-        if isinstance(axes.recompute, int) and axes.recompute > tower.num_layers:
-            yield Problem(
-                f"parallel.{name}.recompute",
-                f"must be at most model.{name}.num_layers={tower.num_layers}",
-                "use `full` for all layers",
-            )
-
-
-def _pipeline(cfg: Config) -> Iterator[Problem]:
-    for name, axes in (("vision", cfg.parallel.vision), ("text", cfg.parallel.text)):
-        if axes.pp != 1:
-            yield Problem(
-                f"parallel.{name}.pp",
-                "must be 1 in this version (pipeline parallelism comes with the parallelism issue)",
-                f"use a larger parallel.{name}.tp instead",
-            )
 
 
 # ------------------------------------------------------------------------------------------------ tasks and starts
@@ -265,7 +175,7 @@ def _warmup(cfg: Config) -> Iterator[Problem]:
 def _micro_batch(cfg: Config) -> Iterator[Problem]:
     micro, batch = cfg.train.micro_batch_size, cfg.train.global_batch_size
     if micro is not None and (micro < 1 or batch % micro):
-        near = [d for d in _divisors(batch) if d <= max(1, micro)][-1]
+        near = [d for d in divisors(batch) if d <= max(1, micro)][-1]
         yield Problem("train.micro_batch_size", f"must divide train.global_batch_size={batch}", f"use {near}")
 
 
@@ -280,7 +190,7 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    _vision_heads, _text_heads, _patches, _rope, _logit_scale, _vision_tp, _text_tp, _same_tp, _pipeline, _recompute,
+    _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
     _task_sections, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
     _micro_batch, _saving,
 )  # fmt: skip
@@ -337,22 +247,10 @@ def check_world(cfg: Config, world_size: int) -> None:
         world_size: processes of the run, all nodes together.
 
     Raises:
-        ConfigError: the processes cannot be arranged, or the global batch cannot be dealt to them.
+        ConfigError: the processes cannot be arranged, or the global batch cannot be dealt to them; it names the nearest
+            layouts that work.
     """
-
-    axes = cfg.parallel.vision
-    model_size = axes.tp * axes.pp
-    if world_size % model_size:
-        raise ConfigError(
-            f"{world_size} processes must be a multiple of parallel.vision.tp={axes.tp} x pp={axes.pp}; "
-            f"start {max(1, world_size // model_size) * model_size} processes or change parallel.vision.tp."
-        )
-    data_size = world_size // model_size
-    micro, batch = cfg.train.micro_batch_size or 1, cfg.train.global_batch_size
-    if batch % (data_size * micro):
-        near = max(1, batch // (data_size * micro)) * data_size * micro
-        raise ConfigError(
-            f"train.global_batch_size={batch} must be a multiple of the {data_size} data-parallel ranks "
-            f"({world_size} processes / tp {axes.tp}) x train.micro_batch_size={micro}; "
-            f"use {near} or {near + data_size * micro}."
-        )
+    fault = world_fault(cfg, world_size)
+    if fault is not None:
+        layouts = nearest_layouts(cfg, world_size, fault, allowed=lambda changed: not problems(changed, RULES))
+        raise ConfigError(f"{fault.text}; {describe_layouts(layouts, world_size)}.")

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megaeva.config import check_world, load
+from megaeva.config import VARIANTS, load
+from megaeva.config.layout import teacher_problems
+from megaeva.config.schema import VisionSection
 from megaeva.errors import ConfigError
 
 CLIP = """\
@@ -18,18 +20,41 @@ train: {total_samples: 6400, global_batch_size: 64}
 MIM = CLIP.replace("contrastive", "mim") + (
     "teacher: {checkpoint: runs/t}\nmim: {mask: {num_masked: 105, min_block: 16}}\n"
 )
-TP3 = ("parallel.vision.tp=3", "parallel.text.tp=3")
+BIG = CLIP.replace("EVA02-CLIP-L-14", "EVA-CLIP-18B")
+TP35 = ("parallel.vision.tp=3", "parallel.text.tp=5")
 
 BROKEN = [
     (CLIP, ("parallel.vision.tp=4", "parallel.text.tp=4"),
      ["parallel.vision.tp=4 (command line) must divide model.vision.ffn_hidden_size=2730; use 1 or 2."]),
-    (CLIP, TP3, [
+    (CLIP, TP35, [
         "parallel.vision.tp=3 (command line) must divide model.vision.num_heads=16; use 1 or 2.",
-        "parallel.text.tp=3 (command line) must divide model.text.vocab_size=49408; use 1, 2 or 4.",
+        "parallel.text.tp=5 (command line) must divide model.text.num_heads=12 and model.text.ffn_hidden_size=3072; "
+        "use 1, 2, 3, 4, 6 or 12.",
     ]),
-    (CLIP, ("parallel.vision.tp=2",),
-     ["parallel.text.tp=1 (default) must equal parallel.vision.tp=2", "set both to 1 or 2"]),
-    (CLIP, ("parallel.vision.pp=2",), ["parallel.vision.pp=2", "must be 1 in this version"]),
+    (BIG, ("parallel.text.tp=8",),
+     ["parallel.text.tp=8 (command line) must divide model.text.num_heads=20; use 1, 2, 4, 5, 10 or 20."]),
+    (CLIP, ("parallel.text.pp=2",), ["parallel.text.pp=2 (command line) must be 1", "whole on every pipeline rank"]),
+    (CLIP, ("parallel.text.vpp=2",), ["parallel.text.vpp=2 (command line) must be 1"]),
+    (CLIP, ("parallel.text.layers_per_stage=[12]",), ["parallel.text.layers_per_stage=[12]", "must be absent"]),
+    (MIM, ("parallel.teacher.pp=2",), ["parallel.teacher.pp=2 (command line) must be 1", "parallel.teacher.tp"]),
+    (MIM, ("parallel.teacher.recompute=full",), ["parallel.teacher.recompute=full", "no backward pass"]),
+    (CLIP, ("parallel.teacher.tp=2",), ["parallel.teacher (command line) must be absent in task=contrastive"]),
+    (CLIP, ("parallel.vision.pp=25",),
+     ["parallel.vision.pp=25 (command line) must leave each of the pp=25 x vpp=1 = 25 stages a layer",
+      "model.vision.num_layers=24; use parallel.vision.pp=24."]),
+    (CLIP, ("parallel.vision.pp=5", "parallel.vision.vpp=5"), ["use parallel.vision.pp=4 or parallel.vision.vpp=4."]),
+    (CLIP, ("parallel.vision.pp=30", "parallel.vision.vpp=30"),
+     ["use parallel.vision.pp=1 parallel.vision.vpp=1."]),
+    (CLIP, ("parallel.vision.vpp=2",), ["parallel.vision.vpp=2 (command line) must be 1 at parallel.vision.pp=1"]),
+    (CLIP, ("parallel.vision.pp=2", "parallel.vision.layers_per_stage=[12, 11]"),
+     ["parallel.vision.layers_per_stage=[12, 11]", "2 entries that sum to model.vision.num_layers=24", "[12, 12]"]),
+    (CLIP, ("parallel.vision.pp=5", "parallel.vision.layers_per_stage=[12, 12]"),
+     ["pp x vpp = 5 entries", "it has 2 that sum to 24; use [5, 5, 5, 5, 4]"]),
+    (CLIP, ("parallel.vision.pp=2", "parallel.vision.recompute=13"),
+     ["parallel.vision.recompute=13", "at most the layers of the largest stage", "=12; use `full`"]),
+    (CLIP, ("parallel.vision.recompute=25",), ["at most model.vision.num_layers=24; use `full`"]),
+    (CLIP, ("parallel.overlap_param_gather=true", "parallel.distributed_optimizer=false"),
+     ["parallel.overlap_param_gather=true (command line) needs parallel.distributed_optimizer=true"]),
     (CLIP, ("parallel.text.recompute=13",),
      ["parallel.text.recompute=13", "at most model.text.num_layers=12", "use `full`"]),
     (CLIP, ("parallel.vision.recompute=0",),
@@ -79,18 +104,25 @@ def test_rules_that_do_not_apply_are_silent(tmp_path: Path) -> None:
     assert load(path, ["parallel.vision.tp=2", "model.text.vocab_size=5"]).parallel.vision.tp == 2
 
 
-@pytest.mark.parametrize(
-    ("world", "overrides", "expected"),
-    [
-        (3, ["parallel.vision.tp=2", "parallel.text.tp=2"], "3 processes must be a multiple of parallel.vision.tp=2"),
-        (3, [], "global_batch_size=64 must be a multiple of the 3 data-parallel ranks"),
-        (2, ["train.micro_batch_size=64"], "use 128 or 256"),
-    ],
-)
-def test_the_world_must_fit(tmp_path: Path, world: int, overrides: list[str], expected: str) -> None:
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(CLIP, encoding="utf-8")
-    cfg = load(path, overrides)
-    with pytest.raises(ConfigError, match=expected):
-        check_world(cfg, world)
-    check_world(load(path, ["parallel.vision.tp=2", "parallel.text.tp=2", "train.micro_batch_size=32"]), 4)
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["parallel.vision.tp=3", "parallel.text.tp=5", "parallel.text.pp=2", "parallel.vision.pp=40"])
+    assert len(str(caught.value).splitlines()) == 5
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 5, 10, 20])
+def test_the_text_tower_of_18B_is_cut_by_its_heads(tmp_path: Path, tp: int) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BIG, encoding="utf-8")
+    assert load(path, [f"parallel.text.tp={tp}", "parallel.vision.tp=8"]).parallel.text.tp == tp
+
+
+def test_a_teacher_is_checked_against_its_own_heads() -> None:
+    teacher = VisionSection.model_validate(VARIANTS["EVA02-CLIP-bigE-14-plus"]["vision"])
+    assert teacher_problems(8, teacher) == []
+    (problem,) = teacher_problems(5, teacher)
+    assert problem.key == "parallel.teacher.tp"
+    assert problem.must == "must divide the teacher's num_heads=16"
+    assert problem.do == "use 1, 2, 4, 8 or 16"

@@ -1,0 +1,152 @@
+"""Rules of the `parallel` section; `world.py` checks what depends on the number of processes."""
+
+from collections.abc import Callable, Iterator
+from math import gcd
+
+from megaeva.config.problem import Problem, choices, divisors
+from megaeva.config.schema import AxesSection, Config, VisionSection
+from megaeva.config.topology import virtual_stages
+
+# ------------------------------------------------------------------------------------------------ tensor parallel
+
+
+def vision_tp_choices(cfg: Config) -> list[int]:
+    """The tensor-parallel sizes that split the vision tower evenly (heads and MLP), ascending."""
+    return divisors(gcd(cfg.model.vision.num_heads, cfg.model.vision.ffn_hidden_size))
+
+
+def text_tp_choices(cfg: Config) -> list[int]:
+    """The tensor-parallel sizes that split the text tower evenly (heads and MLP), ascending.
+
+    The vocabulary does not count: where tp does not divide it, each rank holds the whole token embedding.
+    """
+    return divisors(gcd(cfg.model.text.num_heads, cfg.model.text.ffn_hidden_size))
+
+
+def _tp_splits(key: str, tp: int, sizes: dict[str, int], allowed: list[int]) -> Iterator[Problem]:
+    broken = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    if broken:
+        yield Problem(f"parallel.{key}.tp", f"must divide {' and '.join(broken)}", f"use {choices(allowed)}")
+
+
+def _vision_tp(cfg: Config) -> Iterator[Problem]:
+    vision = cfg.model.vision
+    sizes = {
+        "model.vision.num_heads": vision.num_heads,
+        "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
+    }
+    yield from _tp_splits("vision", cfg.parallel.vision.tp, sizes, vision_tp_choices(cfg))
+
+
+def _text_tp(cfg: Config) -> Iterator[Problem]:
+    if cfg.task != "contrastive":
+        return
+    text = cfg.model.text
+    sizes = {
+        "model.text.num_heads": text.num_heads,
+        "model.text.ffn_hidden_size": text.ffn_hidden_size,
+    }
+    yield from _tp_splits("text", cfg.parallel.text.tp, sizes, text_tp_choices(cfg))
+
+
+def teacher_problems(tp: int, teacher: VisionSection) -> list[Problem]:
+    """What is wrong with `parallel.teacher.tp` for the tower in the teacher's checkpoint, which no recipe knows."""
+    sizes = {"the teacher's num_heads": teacher.num_heads, "the teacher's ffn_hidden_size": teacher.ffn_hidden_size}
+    return list(_tp_splits("teacher", tp, sizes, divisors(gcd(teacher.num_heads, teacher.ffn_hidden_size))))
+
+
+# ------------------------------------------------------------------------------------------------------- pipelines
+
+
+def _whole_towers(cfg: Config) -> Iterator[Problem]:
+    reasons = {
+        "text": "the text tower lives whole on every pipeline rank of the vision tower",
+        "teacher": "the teacher is not cut into stages",
+    }
+    for name, axes in (("text", cfg.parallel.text), ("teacher", cfg.parallel.teacher)):
+        for key, value in (("pp", axes.pp), ("vpp", axes.vpp)):
+            if value != 1:
+                yield Problem(
+                    f"parallel.{name}.{key}", f"must be 1: {reasons[name]}", f"remove it, or raise parallel.{name}.tp"
+                )
+        if axes.layers_per_stage is not None:
+            yield Problem(f"parallel.{name}.layers_per_stage", f"must be absent: {reasons[name]}", "remove it")
+
+
+def _stages(cfg: Config) -> Iterator[Problem]:
+    axes, num_layers = cfg.parallel.vision, cfg.model.vision.num_layers
+    if axes.vpp > 1 and axes.pp == 1:
+        yield Problem(
+            "parallel.vision.vpp",
+            "must be 1 at parallel.vision.pp=1: virtual stages interleave the stages of a pipeline",
+            "remove it, or set parallel.vision.pp=2",
+        )
+    elif axes.pp * axes.vpp > num_layers:
+        pp, vpp = num_layers // axes.vpp, num_layers // axes.pp
+        ways = [f"parallel.vision.pp={pp}"] if pp > 1 or axes.vpp == 1 else []
+        ways += [f"parallel.vision.vpp={vpp}"] if vpp and axes.vpp > 1 else []
+        stages = f"pp={axes.pp} x vpp={axes.vpp} = {axes.pp * axes.vpp} stages"
+        yield Problem(
+            "parallel.vision.pp",
+            f"must leave each of the {stages} a layer, model.vision.num_layers={num_layers}",
+            f"use {' or '.join(ways or ['parallel.vision.pp=1 parallel.vision.vpp=1'])}",
+        )
+
+
+def _layers_per_stage(cfg: Config) -> Iterator[Problem]:
+    axes, num_layers = cfg.parallel.vision, cfg.model.vision.num_layers
+    sizes = axes.layers_per_stage
+    if sizes is None or axes.pp * axes.vpp > num_layers or (len(sizes), sum(sizes)) == (axes.pp * axes.vpp, num_layers):
+        return
+    even = [len(stage) for stage in virtual_stages(AxesSection(pp=axes.pp, vpp=axes.vpp), num_layers)]
+    yield Problem(
+        "parallel.vision.layers_per_stage",
+        f"must have pp x vpp = {axes.pp * axes.vpp} entries that sum to model.vision.num_layers={num_layers}, "
+        f"it has {len(sizes)} that sum to {sum(sizes)}",
+        f"use {even}, or remove it for that",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ rest
+
+
+def _recompute(cfg: Config) -> Iterator[Problem]:
+    vision, text = cfg.parallel.vision, cfg.parallel.text
+    if isinstance(text.recompute, int) and text.recompute > cfg.model.text.num_layers:
+        yield Problem(
+            "parallel.text.recompute",
+            f"must be at most model.text.num_layers={cfg.model.text.num_layers}",
+            "use `full` for all layers",
+        )
+    if isinstance(vision.recompute, int):
+        num_layers = cfg.model.vision.num_layers
+        if vision.pp * vision.vpp > num_layers or (vision.vpp > 1 and vision.pp == 1):
+            return  # `_stages` tells it
+        largest = max(len(stage) for stage in virtual_stages(vision, num_layers))
+        if vision.recompute > largest:
+            limit = "model.vision.num_layers" if vision.pp == 1 else "the layers of the largest stage, as each counts"
+            yield Problem(
+                "parallel.vision.recompute", f"must be at most {limit}={largest}", "use `full` for all layers"
+            )
+    if cfg.task == "mim" and cfg.parallel.teacher.recompute != "none":
+        yield Problem("parallel.teacher.recompute", "must be none: the teacher has no backward pass", "remove it")
+
+
+def _teacher_only_in_mim(cfg: Config) -> Iterator[Problem]:
+    teacher, default = cfg.parallel.teacher, AxesSection()
+    if cfg.task == "contrastive" and any(getattr(teacher, k) != getattr(default, k) for k in AxesSection.model_fields):
+        yield Problem("parallel.teacher", "must be absent in task=contrastive, which has no teacher", "remove it")
+
+
+def _overlap(cfg: Config) -> Iterator[Problem]:
+    if cfg.parallel.overlap_param_gather and not cfg.parallel.distributed_optimizer:
+        yield Problem(
+            "parallel.overlap_param_gather",
+            "needs parallel.distributed_optimizer=true: without it no rank has to gather parameters",
+            "remove one of the two",
+        )
+
+
+LAYOUT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _vision_tp, _text_tp, _whole_towers, _stages, _layers_per_stage, _recompute, _teacher_only_in_mim, _overlap,
+)  # fmt: skip
