@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format bench bench-demo cuda-check clean
+.PHONY: help demo test test-fast lint format bench bench-step bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast   unit and kernel tests, without the slow ones"
 	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
 	@echo "make bench       the native operators beside plain PyTorch"
+	@echo "make bench-step  a training step beside plain PyTorch, and beside uncut captions (ten minutes)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
@@ -52,7 +53,11 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.demo
-	$(BIN)/python tools/benchmark.py normalize-pack
+	$(BIN)/megaeva bench normalize-pack
+
+bench-step: $(VENV)/.demo
+	$(BIN)/megaeva bench step --peer plain
+	$(BIN)/megaeva bench step --peer padded
 
 cuda-check:
 	@test -x "$(NVCC)" || { echo "cuda-check: no nvcc on PATH or under CUDA_HOME; install the CUDA toolkit 13." >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""The `megaeva` command: doctor, demo, data, train, loop, eval.
+"""The `megaeva` command: doctor, demo, data, train, loop, eval, bench.
 
 Nothing heavy is imported before a command runs: the help appears at once, and a mistake in a recipe is told before
 torch is loaded. Mistakes of the user end in their message and exit code 2, a job that died in 1, Ctrl-C in 130.
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
@@ -37,6 +37,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make shards, or check the ones a recipe names.", rich_markup_mode=None)
 app.add_typer(data_app, name="data", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure beside plain PyTorch; print rows for benchmarks/log.md.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench", no_args_is_help=True)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file of recipes/.", show_default=False)]
 Overrides = Annotated[
@@ -245,6 +247,46 @@ def evaluate(
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
     log_path = (output or home) / "eval.log"
     run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
+
+
+@bench_app.command("step")
+@explained
+def bench_step(
+    variant: Annotated[str, typer.Option(help="A published model.")] = "EVA02-CLIP-B-16",
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 16,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "fp32",
+    peer: Annotated[
+        Literal["plain", "padded", "none"],
+        typer.Option(help="plain: the same model in plain PyTorch. padded: our step, captions not shortened."),
+    ] = "plain",
+    part: Annotated[Literal["both", "vision", "text"], typer.Option(help="Towers that are trained.")] = "both",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each side.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
+) -> None:
+    """Time a training step of one rank through Megatron-core."""
+    from megaeva.bench.command import run_step
+
+    for line in run_step(variant, batch, precision, peer, part, rounds, threads):
+        typer.echo(line)
+
+
+@bench_app.command("normalize-pack")
+@explained
+def bench_normalize_pack(
+    num_samples: Annotated[int, typer.Option(min=1, help="Rows of each side.")] = 8192,
+    embed_dim: Annotated[int, typer.Option(min=1)] = 1024,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each side.")] = 21,
+) -> None:
+    """Time the native operator normalize_pack."""
+    from megaeva.bench.normalize_pack import benchmark_normalize_pack, report
+
+    timed = benchmark_normalize_pack(
+        num_samples=num_samples, embed_dim=embed_dim, dtype=dtype, device=device, num_rounds=rounds
+    )
+    for line in report(timed):
+        typer.echo(line)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

@@ -22,7 +22,7 @@ LEVELS: dict[str, int] = {
             ("model", "losses", "optim", "checkpoint"),
             ("tasks", "eval", "planning", "doctor"),
             ("trainer",),
-            ("train", "loop", "cli"),
+            ("train", "loop", "cli", "bench"),
         ]
     )
     for name in names
@@ -32,10 +32,11 @@ LEVELS: dict[str, int] = {
 SIBLINGS: dict[tuple[str, str], str] = {
     ("config", "errors"): "a recipe's mistakes are user errors",
     ("cli", "loop"): "`megaeva loop` and `megaeva demo` run it",
+    ("cli", "bench"): "`megaeva bench` runs it",
     ("tasks", "eval"): "the contrastive task evaluates its own model",
 }
 
-CUDA_ALLOWED = ("megaeva/parallel/", "megaeva/data/decode_dali.py", "megaeva/ops/benchmark.py", "tools/benchmark.py")
+CUDA_ALLOWED = ("megaeva/parallel/", "megaeva/data/decode_dali.py", "megaeva/bench/compare.py")
 
 
 def _name(path: Path) -> str:

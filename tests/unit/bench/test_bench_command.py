@@ -1,0 +1,61 @@
+"""`megaeva bench` and tools/benchmark.py: what they run and how they refuse."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megaeva import cli
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["bench", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("stepp",), "'step'"),
+        (("step", "--per", "plain"), "--peer"),
+        (("step", "--peer", "plainn"), "'plain'"),
+        (("step", "--variant", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("step", "--peer", "padded", "--part", "vision"), "--part vision has no captions"),
+        (("normalize-pack", "--num-sample", "8"), "--num-samples"),
+    ],
+)
+def test_what_cannot_be_run_is_explained(arguments: tuple[str, ...], expected: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_step_prints_its_command_and_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.helpers.tiny import tiny
+
+    monkeypatch.setattr("megaeva.bench.command.find_model", tiny)
+    result = run("step", "--batch", "3", "--rounds", "2", "--part", "vision")
+    assert result.exit_code == 0, result.output
+    command, _, row = result.stdout.splitlines()
+    assert command == (
+        "megaeva bench step --peer plain --variant EVA02-CLIP-B-16 --batch 3 --precision fp32 --part vision "
+        "--rounds 2 --threads 1"
+    )
+    assert f"| `{command}` |" in row
+
+
+def test_the_tool_is_the_command() -> None:
+    command = [sys.executable, "tools/benchmark.py", "normalize-pack", "--num-samples", "4", "--embed-dim", "3"]
+    done = subprocess.run([*command, "--rounds", "2"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if "no native operator is built" in done.stderr:
+        assert done.returncode == 2
+        pytest.skip("the extension is not built")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows] == [8, 8]
+    assert "normalize_pack forward, B=4 E=3 float32 cpu" in rows[0]
