@@ -20,7 +20,8 @@ from megaeva.checkpoint.sharded import sharded_tensors
 from megaeva.checkpoint.weights import assign, open_checkpoint, reading
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError, is_lost_peer
-from megaeva.parallel.collectives import gather_objects
+from megaeva.parallel.collectives import gather_objects, together
+from megaeva.parallel.grid import Grid
 from megaeva.parallel.wrap import Tower
 
 
@@ -40,8 +41,8 @@ class LoadedState:
 
     Attributes:
         step: finished optimizer steps; the next one has this number.
-        loader_state: what this data rank passed to `save`; None when the number of data ranks has changed, as one
-            rank's place in its stream means nothing in another split: the run must then say how it goes on.
+        loader_state: what this data block passed to `save`; None when the number of blocks has changed, as one
+            block's place in its stream means nothing in another split: the run must then say how it goes on.
         extra: what was passed to `save`.
     """
 
@@ -54,7 +55,7 @@ class CheckpointStore:
     """The checkpoints of one run folder. Every rank has one; `save` and `load` are called by all ranks together.
 
     A save is written to a hidden folder, forced to the disk and renamed, so a folder called step_* is always whole.
-    Tensors are stored whole by name, so that any tp, any dp and either kind of optimizer reads them.
+    Tensors are stored whole by name, so that any grids of the towers and either kind of optimizer read them.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -78,6 +79,7 @@ class CheckpointStore:
         config: Config,
         loader_state: dict[str, Any],
         extra: dict[str, Any],
+        data_grid: Grid,
     ) -> Path:
         """Write a checkpoint, then delete those beyond `keep`; returns its folder. All ranks call it.
 
@@ -86,8 +88,9 @@ class CheckpointStore:
 
         Args:
             step: finished optimizer steps.
-            loader_state: JSON-able, this data rank's.
+            loader_state: JSON-able, alike on the ranks that read the same samples; one entry for each data block.
             extra: JSON-able, rank 0's is stored.
+            data_grid: its dp axis numbers the data blocks, its tp axis the ranks of one.
 
         Raises:
             CheckpointError: on every rank, when one cannot write (a full disk). The half-written folder is removed,
@@ -104,7 +107,7 @@ class CheckpointStore:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     layout.clean(self.folder)
                     writing.mkdir()
-            loader_states = gather_objects(_loader_entry(towers, loader_state))
+            loader_states = gather_objects((data_grid.dp_rank, loader_state) if data_grid.tp_rank == 0 else None)
             state = _model_state(towers)
             state["optimizer"] = optimizer.sharded_state_dict({t.name: state[t.name] for t in towers})
             size = torch_dist.num_bytes(state)
@@ -137,21 +140,22 @@ class CheckpointStore:
         optimizer: Optimizer,
         *,
         config: Config,
-        data_rank: int,
+        data_grid: Grid,
     ) -> LoadedState:
         """Read a checkpoint of this model into towers and optimizer, exactly. All ranks call it.
 
         Args:
             path: from `newest()`.
             config: its task and model must be the checkpoint's.
-            data_rank: whose loader state to return.
+            data_grid: as in `save`; this rank's data block gets its loader state back if there are as many blocks.
 
         Raises:
             CheckpointError: another task or model (before any tensor is read), or a damaged checkpoint.
         """
-        info = layout.read_info(path)
-        _check_same_run(path, info, config)
-        metadata = open_checkpoint(path)
+        with together("opening a checkpoint"):
+            info = layout.read_info(path)
+            _check_same_run(path, info, config)
+            metadata = open_checkpoint(path)
         state = _model_state(towers)
         model_keys = {tower.name: dict(state[tower.name]) for tower in towers}
         state["optimizer"] = optimizer.sharded_state_dict(model_keys, is_loading=True)
@@ -161,8 +165,8 @@ class CheckpointStore:
             assign(model_keys[tower.name], loaded[tower.name])
         optimizer.load_state_dict(loaded.get("optimizer", {}), info["optimizer_steps"])
         states = info["loader"]
-        same_split = len(states) == towers[0].grid.dp_size
-        return LoadedState(info["step"], states[data_rank] if same_split else None, info["extra"])
+        same_split = len(states) == data_grid.dp_size
+        return LoadedState(info["step"], states[data_grid.dp_rank] if same_split else None, info["extra"])
 
     def _drop_old(self) -> None:
         for path in layout.complete_checkpoints(self.folder)[: -self.keep]:
@@ -191,11 +195,6 @@ def _model_state(towers: Sequence[Tower]) -> dict[str, Any]:
     return {t.name: sharded_tensors(t.module, tower_prefix(t.name), t.grid) for t in towers}
 
 
-def _loader_entry(towers: Sequence[Tower], loader_state: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
-    grid = towers[0].grid
-    return (grid.dp_rank, loader_state) if grid.tp_rank == 0 and grid.pp_rank == 0 else None
-
-
 def _info(
     step: int,
     towers: Sequence[Tower],
@@ -205,7 +204,10 @@ def _info(
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     by_rank = dict(entry for entry in loader_states if entry is not None)
-    grids = {t.name: {"tp": t.grid.tp_size, "pp": t.grid.pp_size, "dp": t.grid.dp_size} for t in towers}
+    grids = {
+        t.name: {"tp": t.grid.tp_size, "pp": t.grid.pp_size, "vpp": t.grid.axes.vpp, "dp": t.grid.dp_size}
+        for t in towers
+    }
     return {
         "format": layout.FORMAT,
         "step": step,

@@ -16,6 +16,7 @@ from megaeva.checkpoint import torch_dist
 from megaeva.checkpoint.layout import find_checkpoint
 from megaeva.checkpoint.sharded import Sharded, full_shape, sharded_tensors
 from megaeva.errors import CheckpointError
+from megaeva.parallel.collectives import gather_objects, together
 from megaeva.parallel.grid import Grid
 
 _OPTIMIZER_PREFIX = "optimizer."
@@ -47,39 +48,46 @@ class LoadReport:
 
 
 def load_weights(
-    path: str | Path, modules: Mapping[str, nn.Module], grid: Grid, *, skip: Sequence[str] = ()
+    path: str | Path, modules: Mapping[str, tuple[nn.Module, Grid]], *, skip: Sequence[str] = ()
 ) -> LoadReport:
-    """Read a checkpoint's weights into modules, in their dtype and cut as they are. All ranks of the grid call it.
+    """Read a checkpoint's weights into modules, in their dtype and cut as they are. All ranks call it.
 
-    Call it before `build_optimizer`: fp32 main copies are made from the weights found there.
+    A pipeline stage reads its own tensors; what is missing or too much is judged over all stages. Call it before
+    `build_optimizer`: fp32 main copies are made from the weights found there.
 
     Args:
         path: a run folder (its newest checkpoint) or one checkpoint folder; any topology.
-        modules: {"vision": tower} reads the keys `vision.*` into that tower.
+        modules: {"vision": (tower, its grid)} reads the keys `vision.*` into that tower.
         skip: keys left as they are, with everything below them: "vision.head" covers "vision.head.weight"; `*` matches
             any characters. A skipped key may be missing on either side.
 
+    Returns:
+        What became of the whole modules' tensors, alike on every rank.
+
     Raises:
-        CheckpointError: a tensor of a module that the checkpoint lacks, one of the checkpoint that the module lacks, or
-            one of another shape, not covered by `skip`; all are listed, and nothing has been read then.
+        CheckpointError: on every rank: a tensor of a module that the checkpoint lacks, one of the checkpoint that the
+            module lacks, or one of another shape, not covered by `skip`; all are listed, and nothing has been read.
     """
-    checkpoint = find_checkpoint(path)
-    metadata = open_checkpoint(checkpoint)
+    with together("opening a checkpoint"):
+        checkpoint = find_checkpoint(path)
+        metadata = open_checkpoint(checkpoint)
     shapes = {k: s for k, s in torch_dist.tensor_shapes(metadata).items() if not k.startswith(_OPTIMIZER_PREFIX)}
-    wanted: dict[str, Sharded] = {}
-    for name, module in modules.items():
-        wanted |= sharded_tensors(module, name + ".", grid)
+    own: dict[str, Sharded] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, (module, grid) in modules.items():
+        tensors = sharded_tensors(module, name + ".", grid)
+        own |= tensors
+        wanted |= _shapes_on_all_stages(tensors, grid)
     prefixes = tuple(name + "." for name in modules)
     offered = {key for key in shapes if key.startswith(prefixes)}
-    fresh = {key for key in wanted if _skipped(key, skip)}
-    to_load = {key: sharded for key, sharded in wanted.items() if key not in fresh}
+    to_load = {key for key in wanted if not _skipped(key, skip)}
 
-    problems = [f"{key}: not in the checkpoint" for key in to_load if key not in shapes]
-    problems += [f"{key}: not in the model" for key in offered - wanted.keys() if not _skipped(key, skip)]
+    problems = [f"{key}: not in the checkpoint" for key in sorted(to_load - shapes.keys())]
+    problems += [f"{key}: not in the model" for key in sorted(offered - wanted.keys()) if not _skipped(key, skip)]
     problems += [
-        f"{key}: checkpoint {list(shapes[key])}, model {list(full_shape(sharded))}"
-        for key, sharded in to_load.items()
-        if key in shapes and shapes[key] != full_shape(sharded)
+        f"{key}: checkpoint {list(shapes[key])}, model {list(wanted[key])}"
+        for key in sorted(to_load & shapes.keys())
+        if shapes[key] != wanted[key]
     ]
     if problems:
         raise CheckpointError(
@@ -88,15 +96,24 @@ def load_weights(
             + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
             + "\nEvery tensor must be in both with one shape; use a checkpoint of this model section."
         )
+    own_to_load = {key: sharded for key, sharded in own.items() if key in to_load}
     with reading(checkpoint):
-        loaded = torch_dist.read(to_load, checkpoint, metadata)
-    assign(to_load, loaded)
+        loaded = torch_dist.read(own_to_load, checkpoint, metadata)
+    assign(own_to_load, loaded)
     return LoadReport(
         checkpoint,
         loaded=tuple(sorted(to_load)),
-        fresh=tuple(sorted(fresh)),
-        unused=tuple(sorted(shapes.keys() - to_load.keys())),
+        fresh=tuple(sorted(wanted.keys() - to_load)),
+        unused=tuple(sorted(shapes.keys() - to_load)),
     )
+
+
+def _shapes_on_all_stages(tensors: Mapping[str, Sharded], grid: Grid) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of a module's tensors on all its pipeline stages, which call it together."""
+    here = {key: full_shape(sharded) for key, sharded in tensors.items()}
+    if grid.pp_size == 1:
+        return here
+    return {key: shape for stage in gather_objects(here, grid.groups.pp) for key, shape in stage.items()}
 
 
 def open_checkpoint(checkpoint: Path) -> Metadata:

@@ -1,6 +1,6 @@
 """From a recipe's `optim` section and the towers to one optimizer and its learning rates."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimize
         if not tower.trained:
             continue
         parameters[tower.name] = [p for p in tower.module.parameters() if p.requires_grad]
-        optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg.optim)
+        optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg)
     optimizer = TowerOptimizers(optimizers, parameters)
     return optimizer, LearningRate(optimizer, cfg)
 
@@ -52,9 +52,9 @@ def _mcore_config(cfg: Config) -> OptimizerConfig:
 
 
 def _tower_optimizer(
-    tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, optim: OptimSection
+    tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, cfg: Config
 ) -> MegatronOptimizer:
-    inner = _inner_optimizer(param_groups(tower.name, tower.module.named_parameters(), optim), optim)
+    inner = _inner_optimizer(param_groups(tower.name, _named_parameters(tower, cfg), cfg.optim), cfg.optim)
     groups: Any = tower.grid.groups
     wrapped: MegatronOptimizer
     if config.use_distributed_optimizer:
@@ -83,6 +83,15 @@ def _tower_optimizer(
     if isinstance(inner, Lamb):
         inner.shard_map = _shard_map(wrapped, parameters, tower.grid, sharded=config.use_distributed_optimizer)
     return wrapped
+
+
+def _named_parameters(tower: Tower, cfg: Config) -> Iterator[tuple[str, Tensor]]:
+    """A stage's parameters, and a frozen one in the last layer of the whole tower: layer decay counts from there."""
+    yield from tower.module.named_parameters()
+    section = cfg.model.text if tower.name == "text" else cfg.model.vision
+    if tower.name != "scale":
+        assert section is not None
+        yield f"blocks.layers.{section.num_layers - 1}.mlp.linear_fc1.bias", torch.empty(0)
 
 
 def _inner_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch.optim.AdamW:

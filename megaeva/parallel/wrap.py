@@ -7,13 +7,16 @@ global loss; DDP adds the shares and divides by nothing. mcore has this mode und
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megaeva.config.schema import ParallelSection
+from megaeva.parallel.collectives import gather_objects
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.shards import full_shape
 
@@ -46,29 +49,72 @@ def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) ->
     Gradients are kept and reduced in fp32; with `parallel.distributed_optimizer` the reduction is a reduce-scatter.
     `parallel.overlap_grad_reduce` needs no `no_sync`: in the first step mcore counts how often each gradient is added,
     over all microbatches, and from the second on reduces a bucket when that count is reached.
+
+    With `parallel.overlap_param_gather` an optimizer step leaves each rank with its own share of the new parameters;
+    the others arrive during the next forward pass, of the DDP or of the bare module: a module's parameters are there
+    when its `forward` is called, those above the blocks when the tower's is. Whoever reads them otherwise, to save or
+    to evaluate, calls `finish_parameter_gather` first.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return Tower(name, module, module, grid)
     module_config: Any = module.config
+    names = [name for name, _ in module.named_parameters()]
     ddp = DistributedDataParallel(
         dataclasses.replace(module_config, calculate_per_token_loss=True),
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
+            # Without blocks (the scale) there is no forward worth overlapping with; its value is read after the step.
+            overlap_param_gather=parallel.overlap_param_gather and any(map(_in_blocks, names)),
         ),
         module,
         pg_collection=grid.groups,
     )
+    if ddp.use_forward_hook:
+        _gather_what_precedes_the_blocks(module, ddp)
     return Tower(name, module, ddp, grid)
 
 
+def _gather_what_precedes_the_blocks(module: nn.Module, ddp: Any) -> None:
+    """Let the module's forward wait for the parameters before its blocks, whichever method of which module reads them.
+
+    mcore waits for a parameter when the module that owns it is called; a student reads `vision.pos_embed` without
+    calling `vision`. They are gathered first in any case, so nothing is lost.
+    """
+    first = [p for _, p in takewhile(lambda named: not _in_blocks(named[0]), module.named_parameters())]
+
+    def wait(*_: Any) -> None:
+        for parameter in first:
+            if parameter in ddp.param_to_bucket_group:
+                ddp.param_to_bucket_group[parameter].finish_param_sync()
+
+    module.register_forward_pre_hook(wait)
+
+
+def _in_blocks(parameter_name: str) -> bool:
+    return "blocks." in parameter_name
+
+
+def finish_parameter_gather(towers: Sequence[Tower]) -> None:
+    """Bring every rank's parameters up to date after an optimizer step. All ranks call it.
+
+    Does nothing unless the towers were wrapped with `overlap_param_gather`; see `wrap`.
+    """
+    for tower in towers:
+        if tower.trained and tower.ddp.use_forward_hook:
+            # Each dispatches the one before it, as in a forward pass; those that have arrived cost nothing.
+            for bucket_group in reversed(tower.ddp.bucket_groups):
+                bucket_group.finish_param_sync()
+
+
 def count_parameters(towers: Sequence[Tower]) -> dict[str, int]:
-    """Parameters of each tower over all tensor-parallel ranks, each counted once, and their "total"."""
-    counts = {
-        tower.name: sum(full_shape(parameter, tower.grid.tp_size).numel() for parameter in tower.module.parameters())
-        for tower in towers
-    }
+    """Parameters of each whole tower, each counted once, and their "total". All ranks call it, all get the same."""
+    counts = {}
+    for tower in towers:
+        grid = tower.grid
+        here = sum(full_shape(parameter, grid.tp_size).numel() for parameter in tower.module.parameters())
+        counts[tower.name] = here if grid.pp_size == 1 else sum(gather_objects(here, grid.groups.pp))
     return counts | {"total": sum(counts.values())}
 
 
@@ -80,7 +126,16 @@ def zero_gradients(towers: Sequence[Tower]) -> None:
 
 
 def reduce_gradients(towers: Sequence[Tower]) -> None:
-    """Sum gradient shares over the data-parallel ranks of each tower, in the same order on every rank."""
+    """Sum gradient shares over the data-parallel ranks of each tower, in the same order on every rank.
+
+    Under sequence parallelism a parameter marked `sequence_parallel` has a share on each tensor-parallel rank; those
+    are summed after, which is right with the distributed optimizer too: its shards lie alike on all of them.
+    """
     for tower in towers:
         if tower.trained:
-            finalize_model_grads([tower.ddp], num_tokens=None, pg_collection=tower.grid.groups)
+            groups: Any = tower.grid.groups
+            # The towers tie no weights between stages, so nothing goes over the groups of embeddings.
+            reduced_over = ProcessGroupCollection(
+                tp=groups.tp, pp=groups.pp, dp_cp=groups.dp_cp, embd=None, pos_embd=None
+            )
+            finalize_model_grads([tower.ddp], num_tokens=None, pg_collection=reduced_over)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from megaeva.checkpoint import layout, torch_dist
 from megaeva.checkpoint.layout import read_model_section
@@ -17,6 +18,7 @@ from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError
 from megaeva.optim.build import build_optimizer
+from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
 
@@ -25,9 +27,9 @@ class Run:
     """Toy towers, their optimizer and a store."""
 
     def __init__(self, runtime: Runtime, folder: Path, keep: int = 2, seed: int = 0, **optim: Any) -> None:
-        towers = {key: optim.pop(key) for key in ("train_scale", "width", "num_layers") if key in optim}
+        towers = {key: optim.pop(key) for key in ("train_scale", "width") if key in optim}
         self.cfg = make_config(str(folder), **optim)
-        self.towers = build_towers(runtime, self.cfg, tp=1, seed=seed, **towers)
+        self.towers = build_towers(runtime, self.cfg, seed=seed, **towers)
         self.optimizer, self.rate = build_optimizer(self.towers, self.cfg)
         self.store = CheckpointStore(folder, keep)
 
@@ -39,11 +41,22 @@ class Run:
 
     def save(self, step: int) -> Path:
         return self.store.save(
-            step, self.towers, self.optimizer, config=self.cfg, loader_state={"at": step}, extra={"a": 1}
+            step,
+            self.towers,
+            self.optimizer,
+            config=self.cfg,
+            loader_state={"at": step},
+            extra={"a": 1},
+            data_grid=self.towers[2].grid,
         )
 
     def load(self, path: Path, config: Config | None = None) -> LoadedState:
-        return self.store.load(path, self.towers, self.optimizer, config=config or self.cfg, data_rank=0)
+        grid = self.towers[2].grid
+        return self.store.load(path, self.towers, self.optimizer, config=config or self.cfg, data_grid=grid)
+
+    def vision(self) -> dict[str, tuple[nn.Module, Grid]]:
+        """As `load_weights` takes it."""
+        return {"vision": (self.towers[0].module, self.towers[0].grid)}
 
     def tensors(self) -> list[torch.Tensor]:
         return [t.detach().clone() for tower in self.towers for t in tower.module.parameters()]
@@ -253,6 +266,7 @@ def test_information_beside_the_tensors(runtime: Runtime, tmp_path: Path) -> Non
     info = json.loads((run.save(3) / layout.INFO_NAME).read_text())
     assert (info["step"], info["samples"], info["task"]) == (3, 24, "contrastive")
     assert info["loader"] == [{"at": 3}]
+    assert info["grids"] == {name: {"tp": 1, "pp": 1, "vpp": 1, "dp": 1} for name in ("vision", "text", "scale")}
     assert read_model_section(tmp_path) == run.cfg.model
     assert read_model_section(tmp_path / "checkpoints" / "step_00000003") == run.cfg.model
 
@@ -267,9 +281,7 @@ def test_weights_of_chosen_towers(runtime: Runtime, tmp_path: Path) -> None:
     other = Run(runtime, tmp_path, seed=1)
     fresh_head = other.towers[0].module.head.weight.clone()
     text_before = [p.clone() for p in other.towers[1].module.parameters()]
-    report = load_weights(
-        tmp_path, {"vision": other.towers[0].module}, other.towers[0].grid, skip=("vision.head", "vision.blocks.*.bias")
-    )
+    report = load_weights(tmp_path, other.vision(), skip=("vision.head", "vision.blocks.*.bias"))
     source, target = (dict(r.towers[0].module.named_parameters()) for r in (run, other))
     for name, tensor in target.items():
         kept = name == "head.weight" or (name.startswith("blocks.") and name.endswith(".bias"))
@@ -288,7 +300,7 @@ def test_weights_are_cast_to_the_modules_dtype(runtime: Runtime, tmp_path: Path)
     run = Run(runtime, tmp_path)
     run.save(1)
     other = Run(runtime, tmp_path, seed=1, precision="bf16")
-    load_weights(tmp_path, {"vision": other.towers[0].module}, other.towers[0].grid)
+    load_weights(tmp_path, other.vision())
     expected = run.towers[0].module.head.weight.bfloat16()
     assert torch.equal(other.towers[0].module.head.weight, expected)
 
@@ -296,24 +308,24 @@ def test_weights_are_cast_to_the_modules_dtype(runtime: Runtime, tmp_path: Path)
 def test_unexplained_tensors_are_errors_on_either_side(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     run.save(1)
-    deeper = Run(runtime, tmp_path, num_layers=3).towers[0]
+    deeper = Run(runtime, tmp_path, num_layers=3).vision()
     with pytest.raises(CheckpointError, match=r"vision\.blocks\.layers\.2\.mlp\.linear_fc1\.weight: not in the check"):
-        load_weights(tmp_path, {"vision": deeper.module}, deeper.grid)
-    load_weights(tmp_path, {"vision": deeper.module}, deeper.grid, skip=("vision.blocks.layers.2",))
+        load_weights(tmp_path, deeper)
+    load_weights(tmp_path, deeper, skip=("vision.blocks.layers.2",))
 
     del run.towers[0].module.norm
     before = [p.clone() for p in run.towers[0].module.parameters()]
     with pytest.raises(CheckpointError, match=r"vision\.norm\.weight: not in the model"):
-        load_weights(tmp_path, {"vision": run.towers[0].module}, run.towers[0].grid)
+        load_weights(tmp_path, run.vision())
     assert equal(list(run.towers[0].module.parameters()), before)
-    load_weights(tmp_path, {"vision": run.towers[0].module}, run.towers[0].grid, skip=("vision.norm",))
+    load_weights(tmp_path, run.vision(), skip=("vision.norm",))
 
 
 def test_another_shape_is_an_error_that_shows_both(runtime: Runtime, tmp_path: Path) -> None:
     Run(runtime, tmp_path).save(1)
-    wider = Run(runtime, tmp_path, width=16).towers[0]
+    wider = Run(runtime, tmp_path, width=16).vision()
     with pytest.raises(CheckpointError, match=r"vision\.norm\.weight: checkpoint \[8\], model \[16\]"):
-        load_weights(tmp_path, {"vision": wider.module}, wider.grid)
+        load_weights(tmp_path, wider)
 
 
 def test_a_path_without_checkpoint(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_table_covers_every_variant(variant: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(runtime: Runtime, bad: float) -> None:
     cfg = make_config(clip_grad_norm=1.0)
-    towers = build_towers(runtime, cfg, 1)
+    towers = build_towers(runtime, cfg)
     optimizer, rate = build_optimizer(towers, cfg)
     rate.set(0)
     compute_gradients(towers, 0)
@@ -57,7 +57,7 @@ def test_updates_below_bf16_resolution_add_up(runtime: Runtime, name: str, distr
     cfg = make_config(
         name=name, precision="bf16", distributed_optimizer=distributed, vision={"lr": 1e-4}, text=None, weight_decay=0.0
     )
-    towers = build_towers(runtime, cfg, 1)
+    towers = build_towers(runtime, cfg)
     weight = towers[0].module.patch_embed.weight
     weight.data.fill_(1.0)
     optimizer, _ = build_optimizer(towers, cfg)
@@ -73,7 +73,7 @@ def test_updates_below_bf16_resolution_add_up(runtime: Runtime, name: str, distr
 def test_a_step_leaves_no_gradient_behind(runtime: Runtime) -> None:
     """mcore's plain optimizer would, and the next backward pass would count it twice."""
     cfg = make_config(distributed_optimizer=False)
-    towers = build_towers(runtime, cfg, 1)
+    towers = build_towers(runtime, cfg)
     optimizer, rate = build_optimizer(towers, cfg)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
