@@ -14,7 +14,13 @@ EXPLAINED = 2  # exit code of a process that told its user what to mend
 LOST_PEER = 3  # exit code of a rank that stopped because another one is gone
 INTERRUPTED = 130
 
+LOST_CONTACT = "lost contact: "  # how the message of a LostRankError begins; the launcher looks for it
+
 _LOST_PEER = re.compile(r"onnection (closed|reset|refused).*peer|roken pipe|remote process exited", re.DOTALL)
+_TIMED_OUT = re.compile(
+    r"Timed out waiting \d+ms for \w+ operation|wait timeout after \d+ms|Application timeout caused pair closure|"
+    r"collective operation timeout"
+)
 _DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG))
 _PATIENCE_SECONDS = 10.0
 
@@ -41,9 +47,33 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+class LostRankError(UserError):
+    """Another rank hangs or is gone, so this one stops.
+
+    Attributes:
+        speaks: whether this rank's process is the one that tells it.
+    """
+
+    status = LOST_PEER
+
+    def __init__(self, text: str, *, speaks: bool) -> None:
+        self.speaks = speaks
+        super().__init__(LOST_CONTACT + text)
+
+    def tell(self) -> None:
+        """Print it, on the one rank that speaks."""
+        if self.speaks:
+            _print_last(f"error: {self}")
+
+
+def is_timeout(text: str) -> bool:
+    """Whether a collective's error says that it waited too long; the words are gloo's, the store's and NCCL's."""
+    return _TIMED_OUT.search(text) is not None
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone; the words are gloo's and NCCL's."""
-    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    """Whether a collective failed because another rank hangs or is gone; the words are gloo's and NCCL's."""
+    return isinstance(error, RuntimeError) and (_LOST_PEER.search(str(error)) is not None or is_timeout(str(error)))
 
 
 def explain_disk_error(error: OSError) -> str | None:
@@ -61,11 +91,15 @@ def explain_end(run: Callable[[], int]) -> int:
     """The exit code of `run`, or of the mistake it ended with, which is told once over all ranks of a torchrun job.
 
     Rank 0 speaks. The others wait for torchrun to stop them, which it does when rank 0 has exited, and speak only when
-    it does not: then the mistake was theirs alone (a file missing on one node). Any other exception is passed on.
+    it does not: then the mistake was theirs alone (a file missing on one node). A lost rank is told by the rank that
+    the ranks agreed on. Any other exception is passed on.
     """
     rank = os.environ.get("RANK", "0")
     try:
         return run()
+    except LostRankError as error:
+        error.tell()
+        return error.status
     except UserError as error:
         text, status = f"error: {error}", error.status
     except KeyboardInterrupt:
@@ -81,6 +115,10 @@ def explain_end(run: Callable[[], int]) -> int:
     if rank != "0":
         time.sleep(_PATIENCE_SECONDS)
         text = f"rank {rank}: {text}"
+    _print_last(text)
+    return status
+
+
+def _print_last(text: str) -> None:
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
-    return status

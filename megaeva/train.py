@@ -1,8 +1,8 @@
 """torchrun -m megaeva.train RECIPE [--resume] [key.path=value ...]
 
 The entry point of every training process, under torchrun or alone. Exit codes: 0 finished, 2 a mistake in the recipe,
-data or checkpoint (explained on stderr, once for all ranks), 3 another rank was lost, 130 and 143 stopped by Ctrl-C and
-SIGTERM with a checkpoint written.
+data or checkpoint (explained on stderr, once for all ranks), 3 another rank hangs or is gone (named on stderr by one of
+the others), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint written.
 """
 
 import argparse
@@ -33,15 +33,17 @@ def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
 
     cfg = load(recipe, overrides)
     # Imported here: mistakes in the recipe are told before torch is loaded.
+    from megaeva.parallel import watch
     from megaeva.parallel.runtime import start, stop
     from megaeva.trainer import Trainer
 
-    runtime = start(cfg.platform)
+    runtime = start(cfg.platform, cfg.train.timeout_minutes)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megaeva").setLevel(logging.INFO if runtime.is_main else logging.ERROR)
     try:
         changes = diff_from_base(recipe, overrides)
-        return Trainer(cfg, runtime, resume=resume, recipe_changes=changes).fit()
+        with watch.explaining(runtime):
+            return Trainer(cfg, runtime, resume=resume, recipe_changes=changes).fit()
     finally:
         stop()
 

@@ -213,6 +213,7 @@ class TrainSection(Section):
     micro_batch_size: int | None = Field(None, description="samples of one rank in one pass; None: all at once")
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every_steps: int = Field(10, ge=1)
+    timeout_minutes: float = Field(10.0, gt=0.0, description="a collective that waits longer ends the job")
 
     @property
     def total_steps(self) -> int:

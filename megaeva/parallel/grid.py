@@ -1,6 +1,7 @@
 """The process groups of one tower."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 
@@ -74,16 +75,18 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
         )
     data_size = runtime.world_size // model_size
     comm = HyperCommGrid([axes.tp, 1, axes.pp, data_size], ["tp", "cp", "pp", "dp"], backend=runtime.backend)
+    # A new group takes torch's default of 30 minutes, not that of the process's first group.
+    create = partial(comm.create_pg, timeout=runtime.timeout)
     groups = ProcessGroupCollection(
-        tp=comm.create_pg("tp"),
-        cp=comm.create_pg("cp"),
-        pp=comm.create_pg("pp"),
-        dp=comm.create_pg("dp"),
-        mp=comm.create_pg(["tp", "pp"]),
-        tp_cp=comm.create_pg(["tp", "cp"]),
-        dp_cp=comm.create_pg(["cp", "dp"]),
-        tp_dp_cp=comm.create_pg(["tp", "cp", "dp"]),
-        intra_dist_opt=comm.create_pg(["tp", "cp", "pp", "dp"]),
+        tp=create("tp"),
+        cp=create("cp"),
+        pp=create("pp"),
+        dp=create("dp"),
+        mp=create(["tp", "pp"]),
+        tp_cp=create(["tp", "cp"]),
+        dp_cp=create(["cp", "dp"]),
+        tp_dp_cp=create(["tp", "cp", "dp"]),
+        intra_dist_opt=create(["tp", "cp", "pp", "dp"]),
     )
     # One optimizer instance over the whole tower.
     groups.intra_dp_cp = groups.dp_cp
@@ -98,9 +101,10 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
     groups.hcp = None
     # Towers tie no weights between stages: the embedding groups hold this rank's first (and last) stage only.
     stages = comm.get_rank_enum("pp")
-    groups.pos_embd, _ = dist.new_subgroups_by_enumeration([[ranks[0]] for ranks in stages], backend=runtime.backend)
+    enumerate_groups = partial(dist.new_subgroups_by_enumeration, backend=runtime.backend, timeout=runtime.timeout)
+    groups.pos_embd, _ = enumerate_groups([[ranks[0]] for ranks in stages])
     ends = [[ranks[0]] if axes.pp == 1 else [ranks[0], ranks[-1]] for ranks in stages]
-    groups.embd, _ = dist.new_subgroups_by_enumeration(ends, backend=runtime.backend)
+    groups.embd, _ = enumerate_groups(ends)
     return Grid(
         axes=axes,
         groups=groups,

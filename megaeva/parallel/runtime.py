@@ -21,6 +21,7 @@ class Runtime:
         rank: 0..world_size-1 over all nodes.
         local_rank: on this node; selects the GPU.
         backend: "nccl" or "gloo".
+        timeout: of a collective. A new group does not inherit it: it must be passed to each, or the group waits 30 min.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class Runtime:
     local_rank: int
     device: torch.device
     backend: str
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def is_main(self) -> bool:
@@ -67,13 +69,13 @@ def start(platform: Literal["auto", "cpu", "cuda"] = "auto", timeout_minutes: fl
         torch.cuda.set_device(device)
     else:
         platform_module.apply_cpu_shim()
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, backend)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, backend, timeout)
 
 
 def stop() -> None:
