@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
 from megaeva.errors import INTERRUPTED, ConfigError, DataError, UserError, explain_disk_error
+
+if TYPE_CHECKING:
+    from megaeva.config.schema import Config
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -162,13 +165,13 @@ def data_check(recipe: Recipe, overrides: Overrides = None, processes: Processes
     Shows its keys, sizes and a caption, or says what would stop a run.
     """
     from megaeva.config import check_world, load
+    from megaeva.config.topology import sharing_ranks
 
     cfg = load(recipe, overrides or ())
     check_world(cfg, processes)
     from megaeva.data.preflight import preflight
 
-    axes = cfg.parallel.vision
-    typer.echo(preflight(cfg, processes // (axes.tp * axes.pp)))
+    typer.echo(preflight(cfg, processes // sharing_ranks(cfg)))
 
 
 @app.command()
@@ -179,16 +182,28 @@ def train(
     processes: Processes = 1,
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's newest checkpoint.")] = False,
+    topology: Annotated[
+        bool, typer.Option("--topology", help="Only print which rank holds what, and its bytes.")
+    ] = False,
 ) -> None:
     """Train from a recipe on this machine.
 
     On a cluster: torchrun -m megaeva.train RECIPE [key.path=value ...], see recipes/train_slurm.sh.
     """
+    from megaeva.checkpoint.layout import read_model_section
     from megaeva.config import check_world, load
     from megaeva.config.schema import LaunchSection
+    from megaeva.config.validate import check_teacher
 
     cfg = load(recipe, overrides or ())
     check_world(cfg, processes)
+    if topology:
+        from megaeva.planning import topology_lines
+
+        typer.echo("\n".join(topology_lines(cfg, processes)))
+        return
+    if cfg.teacher is not None:
+        check_teacher(cfg, read_model_section(cfg.teacher.checkpoint).vision)
     if not resume:
         refuse_old_run(Path(cfg.run_dir))
     from megaeva.loop.launch import launch
@@ -235,15 +250,16 @@ def evaluate(
 
     On the sets of its recipe, or on sets given as eval.retrieval.NAME.shards=[...].
     """
-    from megaeva.config import check_world, load
+    from megaeva.config import load
     from megaeva.config.schema import LaunchSection
     from megaeva.eval.run import run_folder
 
     home = run_folder(run_dir)
-    check_world(load(home / "config.yaml", overrides or ()), processes)
+    cfg = load(home / "config.yaml", overrides or ())
+    layout = eval_layout(cfg, processes, overrides or [])
     from megaeva.loop.launch import run_module
 
-    arguments = [str(run_dir), "--output", str(output or home), *(overrides or [])]
+    arguments = [str(run_dir), "--output", str(output or home), *(overrides or []), *layout]
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
     log_path = (output or home) / "eval.log"
     run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
@@ -305,6 +321,29 @@ def repository() -> Path:
         "recipes/demo.yaml is neither beside the installed package nor in this folder, the demo needs a checkout; "
         "run `megaeva demo` in a clone of the repository."
     )
+
+
+def eval_layout(cfg: "Config", processes: int, overrides: list[str]) -> list[str]:
+    """Overrides under which `processes` can evaluate `cfg`: none where its own layout fits, else whole towers on each.
+
+    Says so in a line, as evaluation needs more memory then.
+
+    Raises:
+        ConfigError: `overrides` ask for a layout of their own, and it does not fit.
+    """
+    from megaeva.config import check_world
+    from megaeva.config.topology import sharing_ranks
+
+    if processes % sharing_ranks(cfg) == 0:
+        return []
+    if any(override.startswith("parallel.") for override in overrides):
+        check_world(cfg, processes)
+    typer.echo(
+        f"layout: the run's own needs a multiple of {sharing_ranks(cfg)} processes, these are {processes}; "
+        "each holds whole towers instead (tp=pp=1)"
+    )
+    whole = ("vision.tp=1", "vision.pp=1", "vision.vpp=1", "vision.layers_per_stage=null", "text.tp=1")
+    return [f"parallel.{key}" for key in whole]
 
 
 def refuse_old_run(run_dir: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 from typing import TypeVar
 
-from megaeva.config.layout import LAYOUT_RULES
+from megaeva.config.layout import LAYOUT_RULES, teacher_problems
 from megaeva.config.problem import Problem, divisors
 from megaeva.config.schema import Config, LoopConfig, TextSection, VisionSection
 from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
@@ -254,3 +254,14 @@ def check_world(cfg: Config, world_size: int) -> None:
     if fault is not None:
         layouts = nearest_layouts(cfg, world_size, fault, allowed=lambda changed: not problems(changed, RULES))
         raise ConfigError(f"{fault.text}; {describe_layouts(layouts, world_size)}.")
+
+
+def check_teacher(cfg: Config, teacher: VisionSection) -> None:
+    """Nothing; checks `parallel.teacher` against the tower that the teacher's checkpoint turns out to hold.
+
+    Raises:
+        ConfigError: it cannot be cut that way.
+    """
+    tp = cfg.parallel.teacher.tp
+    for problem in teacher_problems(tp, teacher):
+        raise ConfigError(f"{problem.key}={tp} {problem.must}; {problem.do}.")

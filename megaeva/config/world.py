@@ -29,7 +29,7 @@ def world_fault(cfg: Config, world_size: int) -> Fault | None:
     batch = cfg.train.global_batch_size
     if world_size % sharing_ranks(cfg):
         sizes = " and ".join(_size(name, axes) for name, axes in towers.items())
-        return Fault("processes", f"{world_size} processes must be a multiple of {sharing_ranks(cfg)}, for {sizes}")
+        return Fault("processes", f"{_processes(world_size)} must be a multiple of {sharing_ranks(cfg)}, for {sizes}")
     if cfg.task == "contrastive" and batch % world_size:
         return Fault(
             "batch",
@@ -61,6 +61,10 @@ def world_fault(cfg: Config, world_size: int) -> Fault | None:
             f"multiple of parallel.vision.pp={axes.pp}",
         )
     return None
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
 
 
 def _size(name: str, axes: AxesSection) -> str:
@@ -115,9 +119,9 @@ def nearest_layouts(cfg: Config, world_size: int, fault: Fault, allowed: Allowed
 def describe_layouts(layouts: list[Layout], world_size: int) -> str:
     """What to do, in words: `start 4 or 8 processes, or use parallel.vision.tp=1`."""
     plain = [str(one.processes) for one in layouts if not one.set]
-    ways = [f"start {' or '.join(plain)} processes"] if plain else []
+    ways = [f"start {' or '.join(plain)} process{'' if plain == ['1'] else 'es'}"] if plain else []
     changes = [
-        " ".join(one.overrides) + (f" with {one.processes} processes" if one.processes != world_size else "")
+        " ".join(one.overrides) + (f" with {_processes(one.processes)}" if one.processes != world_size else "")
         for one in layouts
         if one.set
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megaeva.config import check_world, load, load_loop
+from megaeva.planning import topology_lines
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ALL = sorted(RECIPES.glob("*.yaml"))
@@ -25,6 +26,13 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", [p for p in ALL if p not in LOOPS], ids=lambda p: p.stem)
 def test_recipe_loads_and_fits_its_machine(path: Path) -> None:
     check_world(load(path), WORLD[path.stem])
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if p not in LOOPS], ids=lambda p: p.stem)
+def test_its_topology_is_drawn(path: Path) -> None:
+    lines = topology_lines(load(path), WORLD[path.stem])
+    assert lines[0].startswith(f"topology: {WORLD[path.stem]} ranks in ")
+    assert len(lines) < 24 and max(map(len, lines)) < 100
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda p: p.stem)

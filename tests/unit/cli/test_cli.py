@@ -1,5 +1,6 @@
 """The `megaeva` command: quick help, nearest names, errors without tracebacks, exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megaeva import cli
-from megaeva.config.schema import LaunchSection
+from megaeva.checkpoint.layout import FORMAT, INFO_NAME
+from megaeva.config import VARIANTS, load
+from megaeva.config.schema import AxesSection, LaunchSection
 from megaeva.errors import ConfigError, DataError, UserError
 
 RECIPE = """\
@@ -130,7 +133,8 @@ def test_train_checks_the_world_and_spares_an_old_run(recipe: Path, monkeypatch:
     monkeypatch.setattr("megaeva.loop.launch.launch", lambda *given, again: calls.append(given))
     result = run("train", str(recipe), "--processes", "3")
     assert result.exit_code == 2
-    assert "multiple of the 3 data-parallel ranks" in result.stderr
+    assert "train.global_batch_size=64 must be a multiple of the 3 processes" in result.stderr
+    assert "start 2 or 4 processes" in result.stderr
     (recipe.parent / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     result = run("train", str(recipe))
     assert result.exit_code == 2
@@ -155,6 +159,56 @@ def test_eval_needs_a_run_folder_and_launches(recipe: Path, monkeypatch: pytest.
     assert module == "megaeva.eval.run"
     assert arguments == [str(checkpoint), "--output", str(home), "eval.resize=squash"]
     assert (launched.num_processes, log) == (1, home / "eval.log")
+
+
+def test_eval_needs_no_more_ranks_than_it_is_given(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("megaeva.loop.launch.run_module", lambda *given, **named: calls.append(given))
+    home = recipe.parent / "run"
+    home.mkdir()
+    layout = "parallel: {vision: {tp: 2, pp: 2, vpp: 2, layers_per_stage: [3, 3, 3, 3]}, text: {tp: 2}}\n"
+    (home / "config.yaml").write_text(recipe.read_text(encoding="utf-8") + layout, encoding="utf-8")
+    result = run("eval", str(home), "--processes", "4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    result = run("eval", str(home))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(
+        "layout: the run's own needs a multiple of 4 processes, these are 1; each holds whole"
+    )
+    assert run("eval", str(home), "--processes", "3").exit_code == 0, "a batch of 64 binds training only"
+    as_trained, alone, three = (arguments[3:] for _, arguments, *_ in calls)
+    assert as_trained == []
+    assert alone == three
+    cfg = load(home / "config.yaml", alone)
+    assert (cfg.parallel.vision, cfg.parallel.text) == (AxesSection(), AxesSection())
+    result = run("eval", str(home), "parallel.vision.tp=4")
+    assert result.exit_code == 2
+    assert "1 process must be a multiple of 8, for parallel.vision.tp=4 x pp=2" in result.stderr
+
+
+def test_topology_prints_and_starts_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *_, **__: pytest.fail("launched"))
+    (recipe.parent / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)  # an old run is no obstacle
+    result = run("train", str(recipe), "--topology", "--processes", "4", "parallel.vision.tp=2", "parallel.vision.pp=2")
+    assert result.exit_code == 0, result.output
+    assert "vision  0-1    0-5     embeds" in result.stdout
+    assert "vision  2-3    6-11    projects" in result.stdout
+    result = run("train", str(recipe), "--topology", "--processes", "4", "parallel.vision.tp=8")
+    assert result.exit_code == 2
+
+
+def test_a_teacher_that_cannot_be_cut_is_told_before_the_start(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaeva.loop.launch.launch", lambda *_, **__: None)
+    (recipe.parent / INFO_NAME).write_text(
+        json.dumps({"format": FORMAT, "model": VARIANTS["ViT-B-16-quickgelu"]}), encoding="utf-8"
+    )
+    mim = ["task=mim", f"teacher.checkpoint={recipe.parent}", "mim.mask={num_masked: 50, min_block: 16}"]
+    result = run("train", str(recipe), *mim, "parallel.teacher.tp=8", "--processes", "8")
+    assert result.exit_code == 2
+    expected = "parallel.teacher.tp=8 must divide the teacher's num_heads=12; use 1, 2, 3, 4, 6 or 12."
+    assert result.stderr == f"error: {expected}\n"
+    assert run("train", str(recipe), *mim, "parallel.teacher.tp=4", "--processes", "4").exit_code == 0
 
 
 @pytest.fixture
@@ -223,8 +277,8 @@ def test_data_folder_and_its_mistakes(tmp_path: Path) -> None:
 
 def test_data_check_passes_the_data_parallel_size(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megaeva.data.preflight.preflight", lambda cfg, size: f"{cfg.task} on {size}")
-    split = ("parallel.vision.tp=2", "parallel.text.tp=2")
-    assert run("data", "check", str(recipe), *split, "--processes", "4").stdout == "contrastive on 2\n"
+    split = ("parallel.vision.tp=2", "parallel.text.tp=4")
+    assert run("data", "check", str(recipe), *split, "--processes", "8").stdout == "contrastive on 2\n"
 
 
 def test_doctor_exit_code_follows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
