@@ -68,7 +68,6 @@ class SelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         tp_size = 1 if pg_collection.tp is None else pg_collection.tp.size()
-        self.layer_number = layer_number
         self.num_heads = config.num_attention_heads // tp_size  # on this rank
         self.head_width = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
@@ -93,14 +92,21 @@ class SelfAttention(MegatronModule):
         v_AK = self.v_bias.view(self.num_heads, self.head_width)
         return torch.stack([q_AK, torch.zeros_like(q_AK), v_AK], 1).flatten()
 
-    def forward(self, hidden_SBD: Tensor, rotary_cos_sin: Tensor | None = None) -> Tensor:
-        """Returns the projected attention output [S, B, D], the same on all tp ranks; all must call it.
+    def forward(self, hidden_SBD: Tensor, num_tokens: int, rotary_cos_sin: Tensor | None = None) -> Tensor:
+        """Returns the projected attention output, of the shape of `hidden_SBD`; all tp ranks must call it.
+
+        It is the same on all tp ranks, or under sequence parallelism that of this rank's tokens.
 
         Args:
+            num_tokens: of the whole sequence, padding not counted.
             rotary_cos_sin: of `rope2d.gather_angles`, None without RoPE.
         """
-        num_tokens, batch, _ = hidden_SBD.shape
+        batch = hidden_SBD.shape[1]
         qkv = self.linear_qkv(hidden_SBD, self._qkv_bias())
+        # The linear has gathered the sequence. Without its padding no mask is needed, which flash kernels do not take.
+        padding = len(qkv) - num_tokens
+        if padding:
+            qkv = qkv[:num_tokens]
         query, key, value = qkv.view(num_tokens, batch, self.num_heads, 3, self.head_width).unbind(3)
         if rotary_cos_sin is not None:
             query, key = rotate(query, rotary_cos_sin), rotate(key, rotary_cos_sin)
@@ -112,5 +118,7 @@ class SelfAttention(MegatronModule):
         out = out_BASK.permute(2, 0, 1, 3).flatten(2)
         if self.inner_norm is not None:
             out = self.inner_norm(out)
+        if padding:
+            out = F.pad(out, (0, 0, 0, 0, 0, padding))
         projected: Tensor = self.linear_proj(out)
         return projected

@@ -1,6 +1,7 @@
 """From a recipe's tower section to Megatron-core's config and specs; the only place that knows Transformer Engine."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,10 @@ def tower_config(
         activation_func=F.silu if gated else F.gelu,
         bias_activation_fusion=False,
         tensor_model_parallel_size=grid.tp_size,
-        pipeline_model_parallel_size=grid.pp_size,
+        sequence_parallel=grid.sequence_parallel,
+        # Whatever grid.pp_size is: `Blocks` cuts the stages. mcore's own arithmetic knows no uneven virtual stages and
+        # asks parallel_state, which does not exist here.
+        pipeline_model_parallel_size=1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
@@ -112,8 +116,16 @@ def tower_config(
     )
 
 
-def block_spec(section: VisionSection | TextSection, grid: Grid, layer_spec: LayerSpec) -> TransformerBlockSubmodules:
-    """Returns the layers of this pipeline stage, without a final norm (the towers have their own)."""
+def final_norm(config: TransformerConfig, layer_spec: LayerSpec) -> Any:
+    """Returns a tower's last norm. It acts on gathered tokens, so it is not marked sequence_parallel."""
+    config = replace(config, sequence_parallel=False)
+    return parts(layer_spec).norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def block_spec(
+    section: VisionSection | TextSection, layer_spec: LayerSpec, numbers: Sequence[int]
+) -> TransformerBlockSubmodules:
+    """Returns the layers with these numbers (from 0 in the whole tower), no final norm: the towers have their own."""
     part = parts(layer_spec)
     vision = section if isinstance(section, VisionSection) else None
     attention = ModuleSpec(
@@ -135,15 +147,19 @@ def block_spec(section: VisionSection | TextSection, grid: Grid, layer_spec: Lay
             inner_norm=ShardedNorm if vision and vision.sub_ln_mlp else None,
         ),
     )
-    layer = ModuleSpec(
-        module=PostNormLayer if vision and vision.norm_position == "post" else PreNormLayer,
-        params={"drop_path": vision.drop_path if vision else 0.0},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=part.norm,
-            self_attention=attention,
-            pre_mlp_layernorm=part.norm,
-            mlp=mlp,
-            cross_attention=IdentityOp,
-        ),
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=part.norm,
+        self_attention=attention,
+        pre_mlp_layernorm=part.norm,
+        mlp=mlp,
+        cross_attention=IdentityOp,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * (section.num_layers // grid.pp_size))
+    layers = [
+        ModuleSpec(
+            module=PostNormLayer if vision and vision.norm_position == "post" else PreNormLayer,
+            params={"drop_path": vision.drop_path if vision else 0.0, "number": number},
+            submodules=submodules,
+        )
+        for number in numbers
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers)

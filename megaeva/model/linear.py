@@ -19,7 +19,10 @@ class ColumnLinear(ColumnParallelLinear):
         self._alone = self.tp_group is None or self.tp_group.size() == 1
 
     def forward(self, input_: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Returns this rank's features of x W^T + bias; `bias` (this rank's piece) stands in for an own one."""
+        """Returns this rank's features of x W^T + bias; `bias` (this rank's piece) stands in for an own one.
+
+        Under sequence parallelism `input_` is this rank's tokens and the output has those of all.
+        """
         bias = self.bias if bias is None else bias
         if self._alone and not self.gradient_accumulation_fusion:
             # One addmm where mcore's autograd function multiplies, adds, and sums the bias gradient apart.
@@ -29,7 +32,10 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Linear whose input features are cut over tp; the output is summed over tp, its bias added once."""
+    """Linear whose input features are cut over tp; the output is summed over tp, its bias added once.
+
+    Under sequence parallelism mcore marks that bias: each rank adds it to its own tokens, so its gradients are shares.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, input_is_parallel=True, skip_bias_add=False, **kwargs)
@@ -37,7 +43,7 @@ class RowLinear(RowParallelLinear):
         self._alone = self.tp_group is None or self.tp_group.size() == 1
 
     def forward(self, input_: Tensor) -> Tensor:
-        """Returns x W^T + bias, the same on all tp ranks."""
+        """Returns x W^T + bias, the same on all tp ranks; under sequence parallelism each gets its own tokens."""
         if self._alone and not self.gradient_accumulation_fusion:
             return F.linear(input_, self.weight, self.bias)
         return super().forward(input_)[0]

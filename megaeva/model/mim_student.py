@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megaeva.config.schema import VisionSection
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
+from megaeva.model.sequence import gather_tokens
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import Grid
 
@@ -15,7 +16,8 @@ from megaeva.parallel.grid import Grid
 class MIMStudent(MegatronModule):
     """A tower without head that predicts a teacher's features at masked patches.
 
-    Parameters: vision.*, mask_token [1, 1, D], lm_head.{weight,bias}; the last two are dropped after distillation.
+    Parameters: vision.*, mask_token [1, 1, D] on the first pipeline stage, lm_head.{weight,bias} on the last; these two
+    are dropped after distillation.
     Source: VisionTransformerForMaskedImageModeling in EVA-02/asuka.
     """
 
@@ -42,21 +44,38 @@ class MIMStudent(MegatronModule):
         self.stop_grad_patch_embed = stop_grad_patch_embed
         self.vision = vision
         dtype = vision.config.params_dtype
-        self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.hidden_size, dtype=dtype, device=device))
-        self.lm_head = nn.Linear(cfg.hidden_size, teacher_dim, dtype=dtype, device=device)
+        if grid.is_first_stage:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.hidden_size, dtype=dtype, device=device))
+        if grid.is_last_stage:
+            self.lm_head = nn.Linear(cfg.hidden_size, teacher_dim, dtype=dtype, device=device)
         mark_rest_replicated(self)
 
     def set_input_tensor(self, input_tensor: object) -> None:
-        """Takes the previous stage's output, as mcore's schedules ask; without a pipeline there is none."""
+        """Does nothing: mcore's schedules ask for it, but hidden states are arguments of `forward` here."""
 
-    def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
-        """Returns predicted_ME, one row for each True of mask_BN in row-major order (sample by sample)."""
-        patches = self.vision.embed(image_BCHW)
+    def forward(
+        self, image_BCHW: Tensor | None, mask_BN: Tensor, *, hidden: Tensor | None = None, chunk: int = 0
+    ) -> Tensor:
+        """Returns predicted_ME, one row for each True of mask_BN in row-major order (sample by sample).
+
+        With pipeline stages that is what the last virtual stage returns; the others return the hidden states for the
+        next one. `image_BCHW`, `hidden` and `chunk` are as in VisionTower.forward; all tp ranks must call it.
+        """
+        vision = self.vision
+        if vision.blocks.is_first(chunk):
+            assert image_BCHW is not None
+            hidden = vision.start(self._masked(vision.embed(image_BCHW), mask_BN))
+        assert hidden is not None, "a later stage needs the previous one's hidden states"
+        hidden = vision.run_blocks(hidden, chunk=chunk)
+        if not vision.blocks.is_last(chunk):
+            return hidden
+        token_SBD = gather_tokens(hidden, vision.num_tokens(None), vision.grid)
+        # Only masked tokens are compared, so only they are normalised and projected.
+        predicted_ME: Tensor = self.lm_head(vision.norm(token_SBD[1:].transpose(0, 1)[mask_BN]))
+        return predicted_ME
+
+    def _masked(self, patch_NBD: Tensor, mask_BN: Tensor) -> Tensor:
         share = self.stop_grad_patch_embed
         if share < 1.0:
-            patches = patches.detach() * (1.0 - share) + patches * share
-        patches = torch.where(mask_BN.t().unsqueeze(-1), self.mask_token, patches)
-        hidden_BND = self.vision.encode(patches)[1:].transpose(0, 1)
-        # Only masked tokens are compared, so only they are normalised and projected.
-        predicted_ME: Tensor = self.lm_head(self.vision.norm(hidden_BND[mask_BN]))
-        return predicted_ME
+            patch_NBD = patch_NBD.detach() * (1.0 - share) + patch_NBD * share
+        return torch.where(mask_BN.t().unsqueeze(-1), self.mask_token, patch_NBD)

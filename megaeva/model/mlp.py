@@ -61,7 +61,7 @@ class MLP(MegatronModule):
         self.linear_fc2 = build_module(submodules.linear_fc2, width, config.hidden_size, **shared)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
-        """Returns [S, B, D], the same on all tp ranks; all must call it."""
+        """Returns [S, B, D], the same on all tp ranks or this rank's tokens as `hidden_SBD` is; all must call it."""
         inner = self.linear_fc1(hidden_SBD)
         if self.gated:
             gate, up = inner.chunk(2, -1)

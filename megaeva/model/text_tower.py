@@ -4,13 +4,14 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megaeva.config.schema import TextSection
 from megaeva.model.attributes import mark_rest_replicated, mark_sharded
-from megaeva.model.layer_specs import LayerSpec, Precision, block_spec, parts, tower_config
+from megaeva.model.blocks import Blocks
+from megaeva.model.layer_specs import LayerSpec, Precision, final_norm, tower_config
 from megaeva.model.linear import no_init
+from megaeva.model.sequence import gather_tokens, scatter_tokens
 from megaeva.parallel.grid import Grid
 
 
@@ -31,10 +32,11 @@ class TextTower(MegatronModule):
         layer_spec: LayerSpec = "local",
         device: torch.device | str = "cpu",
     ) -> None:
-        """Builds the tower on `device`; all ranks of `grid` must."""
+        """Builds the tower on `device`; all ranks of `grid` must. It has no pipeline stages."""
+        assert grid.pp_size == 1
         config = tower_config(cfg, grid, precision, layer_spec)
         super().__init__(config)
-        self.cfg = cfg
+        self.cfg, self.grid = cfg, grid
         self.model_type = ModelType.encoder_or_decoder
         dtype = config.params_dtype
         with torch.device(device):
@@ -43,27 +45,34 @@ class TextTower(MegatronModule):
             )
             mark_sharded(self.token_embedding.weight, 0)
             self.pos_embed = nn.Parameter(torch.empty(cfg.context_length, cfg.hidden_size, dtype=dtype))
-            self.blocks = TransformerBlock(
-                config, block_spec(cfg, grid, layer_spec), post_layer_norm=False, pg_collection=grid.groups
-            )
-            self.norm = parts(layer_spec).norm(config=config, hidden_size=cfg.hidden_size, eps=cfg.norm_epsilon)
+            self.blocks = Blocks(config, cfg, grid, layer_spec)
+            self.norm = final_norm(config, layer_spec)
             self.head = nn.Linear(cfg.hidden_size, embed_dim, bias=False, dtype=dtype)
         mark_rest_replicated(self)
 
     def set_input_tensor(self, input_tensor: object) -> None:
-        """Takes the previous stage's output, as mcore's schedules ask; without a pipeline there is none."""
+        """Does nothing: mcore's schedules ask for it, and there are no stages."""
 
     def forward(self, token_BL: Tensor) -> Tensor:
         """Returns text_BE, the unnormalised embedding of each caption's end token, in the tower's dtype.
+
+        All tp ranks must call it; all get the same.
 
         Args:
             token_BL: ids padded with 0; the end token has the largest id of all.
         """
         end_B = token_BL.argmax(-1)
         # Causal: no token sees what comes after it, so those after the batch's last end token are not computed.
-        length = int(end_B.max()) + 1
-        hidden_BLD = self.token_embedding(token_BL[:, :length]) + self.pos_embed[:length]
-        hidden_LBD = self.blocks(hidden_BLD.transpose(0, 1).contiguous(), attention_mask=None)
+        return self.encode(token_BL, end_B, int(end_B.max()) + 1)
+
+    def encode(self, token_BL: Tensor, end_B: Tensor, num_tokens: int) -> Tensor:
+        """Returns text_BE, the embedding of each caption's token `end_B`, of which the first `num_tokens` are computed.
+
+        `forward` computes up to the batch's last end token, which changes nothing but the work.
+        """
+        hidden_BLD = self.token_embedding(token_BL[:, :num_tokens]) + self.pos_embed[:num_tokens]
+        hidden_LBD = scatter_tokens(hidden_BLD.transpose(0, 1).contiguous(), self.grid)
+        hidden_LBD = gather_tokens(self.blocks(hidden_LBD, num_tokens), num_tokens, self.grid)
         end_BD = hidden_LBD[end_B, torch.arange(len(end_B), device=end_B.device)]
         text_BE: Tensor = self.head(self.norm(end_BD))
         return text_BE

@@ -171,10 +171,19 @@ def _same_tensor(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return self
 
 
+@functools.cache
+def _gather_buffer() -> Any:
+    return importlib.import_module(_CORE + "utils").GlobalMemoryBuffer()
+
+
 # Single symbols and what stands in for them.
 SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
     _CORE + "tensor_parallel.random:_get_cuda_rng_state": (_cpu_rng_state, "tracker state from the CPU generator"),
     _CORE + "tensor_parallel.random:_set_cuda_rng_state": (_set_cpu_rng_state, "tracker state to the CPU generator"),
+    _CORE + "tensor_parallel.layers:get_global_memory_buffer": (
+        _gather_buffer,
+        "buffer of gathered sequences, which mcore makes with the groups that nothing here uses",
+    ),
     "torch:Tensor.cuda": (_same_tensor, "mcore moves optimizer state with .cuda(); on CPU it is where it should be"),
 }
 

@@ -80,7 +80,7 @@ def test_distillation_starts_post_norm_layers_as_the_identity() -> None:
     assert student.vision.norm.weight.eq(1).all()  # the final norm is not part of it
     tower = VisionTower(cfg, 20, grid=grid)
     init_weights(tower, seed=0, task="contrastive", grid=grid)
-    assert (tower.blocks.layers[0].post_mlp_layernorm.weight == 1).all()
+    assert (tower.blocks.layers["0"].post_mlp_layernorm.weight == 1).all()
 
 
 def test_weights_depend_on_seed_and_name_only() -> None:

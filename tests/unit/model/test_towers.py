@@ -18,6 +18,7 @@ from megaeva.model import (
     init_weights,
     set_recompute,
 )
+from megaeva.model.layer import Pass
 from megaeva.model.rope2d import angle_table, gather_angles, rotate
 from megaeva.parallel.runtime import seed_pass
 from tests.helpers.tiny import (
@@ -107,7 +108,7 @@ def test_drop_path_is_replayed_and_only_in_training() -> None:
 
     assert torch.equal(run(1), run(1))
     assert len({run(step).sum().item() for step in range(6)}) > 1
-    rates = [layer.drop_rate for layer in tower.blocks.layers]
+    rates = [layer.drop_rate for layer in tower.blocks.layers.values()]
     assert rates == pytest.approx([0.0, 0.45, 0.9])
     tower.eval()
     assert torch.equal(run(1), run(2))
@@ -115,9 +116,8 @@ def test_drop_path_is_replayed_and_only_in_training() -> None:
 
 
 def test_drop_path_keeps_the_mean() -> None:
-    layer = _vision("EVA02-CLIP-L-14", drop_path=0.5).blocks.layers[2]
-    torch.manual_seed(0)
-    dropped = layer._drop_path(torch.ones(2, 4000, 3))
+    layer = _vision("EVA02-CLIP-L-14", drop_path=0.5).blocks.layers["2"]
+    dropped = layer._drop_path(torch.ones(2, 4000, 3), Pass(num_tokens=2, seed=0), 0)
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)
     assert (dropped == dropped[:1, :, :1]).all()  # whole samples
@@ -199,7 +199,7 @@ def test_recomputation_gives_the_same_gradients(
         load_full(tower, random_state(full_shapes(tower)), single_grid())
         set_recompute(tower, recompute)
         passes = {"layer": 0, "attention": 0}
-        for layer in tower.blocks.layers:
+        for layer in tower.blocks.layers.values():
             for part, module in (("layer", layer), ("attention", layer.self_attention.core_attention)):
                 module.register_forward_hook(lambda *_, seen=passes, part=part: seen.update({part: seen[part] + 1}))
         seed_pass(0, 0, 0, 0)
