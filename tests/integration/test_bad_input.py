@@ -113,6 +113,66 @@ def test_recipe_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "nope.yaml does not exist" in message
 
 
+# --------------------------------------------------------------------------------------------------------- layouts
+
+# Name: (processes, overrides, what the message says).
+LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
+    "text_heads": (
+        3, "parallel.text.tp=3",
+        ["parallel.text.tp=3 (command line) must divide model.text.num_heads=2", "; use 1 or 2."],
+    ),
+    "stages_without_a_layer": (
+        2, "parallel.vision.pp=2",
+        ["parallel.vision.pp=2 (command line) must leave each of the pp=2 x vpp=1 = 2 stages a layer",
+         "model.vision.num_layers=1; use parallel.vision.pp=1."],
+    ),
+    "layers_per_stage": (
+        2, "model.vision.num_layers=4 parallel.vision.pp=2 parallel.vision.layers_per_stage=[1,2]",
+        ["parallel.vision.layers_per_stage=[1, 2]", "2 entries that sum to model.vision.num_layers=4", "use [2, 2]"],
+    ),
+    "pipeline_of_the_text": (2, "parallel.text.pp=2", ["parallel.text.pp=2", "must be 1", "raise parallel.text.tp"]),
+    "microbatches_of_the_batch": (
+        1, "train.micro_batch_size=3", ["train.micro_batch_size=3", "must divide train.global_batch_size=16; use 2."]
+    ),
+    "microbatches_of_a_rank": (
+        2, "train.micro_batch_size=16",
+        ["train.micro_batch_size=16 must divide the 8 samples of a vision data rank", "use train.micro_batch_size=8"],
+    ),
+    "microbatches_of_virtual_stages": (
+        4, "model.vision.num_layers=8 parallel.vision.pp=4 parallel.vision.vpp=2 train.micro_batch_size=8",
+        ["train.micro_batch_size=8 cuts the 16 samples of a vision data rank into 2", "a multiple of",
+         "parallel.vision.pp=4; use train.micro_batch_size=4, or parallel.vision.vpp=1, or"],
+    ),
+    "world": (
+        3, "parallel.vision.tp=2",
+        ["3 processes must be a multiple of 2, for parallel.vision.tp=2 and parallel.text.tp=1",
+         "; start 2 or 4 processes."],
+    ),
+    "batch_of_the_loss": (
+        3, "",
+        ["train.global_batch_size=16 must be a multiple of the 3 processes", "start 2 or 4 processes",
+         "use train.global_batch_size=15, or train.global_batch_size=18"],
+    ),
+    "teacher_of_a_clip": (2, "parallel.teacher.tp=2", ["parallel.teacher", "must be absent in task=contrastive"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layout_is_refused_before_torch_is_loaded(recipe: Path, case: str) -> None:
+    processes, overrides, parts = LAYOUTS[case]
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); import megaeva.cli as c; c.main()"
+    )
+    command = [sys.executable, "-c", code, "train", str(recipe), *overrides.split(), "--processes", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "False\n", "a process group would need torch"
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+    assert not (recipe.parent / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
