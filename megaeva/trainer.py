@@ -17,9 +17,11 @@ from megaeva.errors import CheckpointError, UserError
 from megaeva.eval.run import format_results
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
+from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
 from megaeva.parallel.runtime import Runtime, seed_pass
-from megaeva.parallel.wrap import count_parameters
+from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
+from megaeva.planning.topology import topology_lines
 from megaeva.tasks import build_task
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -57,7 +59,6 @@ class Trainer:
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.next_step = self._load(newest) if newest else 0
         self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
-        self.micro_batch_size = cfg.train.micro_batch_size or cfg.train.global_batch_size // grid.dp_size
         self.signal_received = 0
         starts = self.task.start_report
         with together("writing to the run folder"):
@@ -77,7 +78,8 @@ class Trainer:
                 made_with = manifest(world_size=runtime.world_size, shards=shards, starts=starts)
                 self.record.write_json("manifest.json", made_with)
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
-        for line in [*recipe_changes, *starts, data_report, *resumed]:
+        topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
+        for line in [*recipe_changes, *topology, *starts, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:
@@ -109,11 +111,12 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
         step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
-        batches = batch.to(self.runtime.device).split(self.micro_batch_size)
         rates = self.learning_rate.set(step)
-        loss = self.task.step(batches, lambda index: seed_pass(seed, step, index, data_rank)).item()
+        on_device = batch.to(self.runtime.device)
+        loss = self.task.step(on_device, lambda index: seed_pass(seed, step, index, data_rank)).item()
         if not math.isfinite(loss):
             self._stop_on("loss", loss, batch)
+        watch.at("the optimizer's step")
         updated, grad_norm = self.optimizer.step()
         if not updated:
             self._stop_on("grad_norm", grad_norm, batch)
@@ -126,6 +129,7 @@ class Trainer:
 
         A loader's error is raised on every rank, after a save: no finished step is lost to it.
         """
+        watch.at("reading data", self.next_step)
         self.position = self.loader.state_dict()
         batch, error = None, None
         try:
@@ -143,6 +147,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint that continues with the batch after the last finished step. All ranks call it."""
         if self.next_step > self.last_saved_step:
+            watch.at("saving")
+            finish_parameter_gather(self.task.towers)
             samples = {"samples": self.next_step * self.cfg.train.global_batch_size}
             self.store.save(
                 self.next_step,
@@ -151,6 +157,7 @@ class Trainer:
                 config=self.cfg,
                 loader_state=self.position,
                 extra=samples,
+                data_grid=self.task.grid,
             )
             self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
 
@@ -162,6 +169,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Measure the model as it is. All ranks call it."""
+        watch.at("evaluating")
+        finish_parameter_gather(self.task.towers)
         results = self.task.evaluate()
         if results:
             self.record.results(self.next_step, results)
@@ -198,7 +207,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
         grid = self.task.grid
-        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_rank=grid.dp_rank)
+        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_grid=grid)
         if state.loader_state is None:
             raise CheckpointError(
                 f"{checkpoint} was saved by another number of data ranks than the {grid.dp_size} of this job; its "

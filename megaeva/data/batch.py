@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,21 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    @classmethod
+    def of_images(cls, image_BCHW: Tensor) -> "Batch":
+        """Images alone, without keys."""
+        return cls(image_BCHW, ("",) * len(image_BCHW))
+
+    def padded(self, multiple: int) -> "Batch":
+        """A batch of images whose size is a multiple, filled up with its last image; what fills up has no mask."""
+        missing = -len(self) % multiple
+        if missing == 0:
+            return self
+        filled = Batch.of_images(torch.cat([self.image_BCHW, self.image_BCHW[-1:].expand(missing, -1, -1, -1)]))
+        if self.mask_BN is None:
+            return filled
+        return replace(filled, mask_BN=functional.pad(self.mask_BN, (0, 0, 0, missing)))
 
     def split(self, size: int) -> "list[Batch]":
         """Consecutive microbatches of `size` samples; `size` must divide the batch."""

@@ -71,7 +71,7 @@ def encode_set(
     Args:
         model: both towers; evaluation mode is the caller's.
         batches: this data rank's samples; each sample of the set is on exactly one data rank.
-        grid: the towers' grid.
+        grid: the data grid, see `megaeva.tasks.base.Task`.
         device: where the model is.
         batch_size: rows of every pass; a shorter batch is filled up, so that a sample's features do not depend on how
             many ranks share the set.

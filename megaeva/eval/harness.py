@@ -30,7 +30,7 @@ def evaluate(
     Args:
         model: `CLIPModel` on `device`.
         cfg: the recipe.
-        grid: the towers' grid.
+        grid: the data grid, see `megaeva.tasks.base.Task`.
         device: where the model is.
         predictions: file for a sample of held-out images with the captions ranked first, which the report shows;
             written by data rank 0. None: not made.

@@ -31,7 +31,7 @@ def evaluate_masked(
         student: `MIMStudent` on `device`.
         teacher: `Teacher` on `device`.
         cfg: a recipe with a `mim` section.
-        grid: the towers' grid.
+        grid: the data grid, see `megaeva.tasks.base.Task`.
         device: where the models are.
         examples: file for a few images of the first set with mask and cosine of each patch, which the report shows;
             written by data rank 0. None: not made.
@@ -78,7 +78,7 @@ def masks(cfg: Config, indices: tuple[int, ...]) -> Tensor:
 def masked_cosine(student: Any, teacher: Any, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
     """Cosine of prediction and target at each masked patch, fp32 [M] on the CPU, row-major order of `mask_BN`."""
     with torch.no_grad():
-        predicted_ME = student(image_BCHW, mask_BN)
+        predicted_ME = student.predict(image_BCHW, mask_BN)
         target_ME = teacher(image_BCHW)[mask_BN]
     return F.cosine_similarity(predicted_ME.float(), target_ME.float(), dim=-1).cpu()
 

@@ -53,25 +53,30 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
         )
     # Imported here: mistakes above are told before torch and Megatron-core are loaded.
     from megaeva.checkpoint.weights import load_weights
+    from megaeva.config.schema import AxesSection
+    from megaeva.config.topology import sharing_ranks, step_axes
     from megaeva.eval.harness import evaluate
     from megaeva.model import build_clip
-    from megaeva.parallel.grid import build_grid
+    from megaeva.parallel.grid import build_grids
     from megaeva.parallel.runtime import start, stop
 
-    runtime = start(cfg.platform)
+    runtime = start(cfg.platform, cfg.train.timeout_minutes)
     try:
-        grid = build_grid(cfg.parallel.vision, runtime)
+        axes = step_axes(cfg) | {"scale": AxesSection(), "data": AxesSection(tp=sharing_ranks(cfg))}
+        grids = build_grids(axes, runtime)
         model = build_clip(
             cfg.model,
-            vision_grid=grid,
-            text_grid=grid,
+            vision_grid=grids["vision"],
+            text_grid=grids["text"],
             precision=cfg.train.precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
         )
-        load_weights(run_dir, {"vision": model.vision, "text": model.text, "scale": model.scale}, grid)
+        load_weights(run_dir, {name: (getattr(model, name), grids[name]) for name in ("vision", "text", "scale")})
         folder = output or home
-        results = evaluate(model, cfg, grid=grid, device=runtime.device, predictions=folder / "predictions.json")
+        results = evaluate(
+            model, cfg, grid=grids["data"], device=runtime.device, predictions=folder / "predictions.json"
+        )
         if runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

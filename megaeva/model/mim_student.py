@@ -1,16 +1,21 @@
 """The vision tower in masked feature distillation."""
 
+from dataclasses import replace
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megaeva.config.schema import VisionSection
+from megaeva.data.batch import Batch
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
 from megaeva.model.sequence import gather_tokens
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import Grid
+from megaeva.parallel.schedule import Part, forward_rows
+from megaeva.parallel.wrap import Tower
 
 
 class MIMStudent(MegatronModule):
@@ -43,6 +48,7 @@ class MIMStudent(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.stop_grad_patch_embed = stop_grad_patch_embed
         self.vision = vision
+        self.teacher_dim = teacher_dim
         dtype = vision.config.params_dtype
         if grid.is_first_stage:
             self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.hidden_size, dtype=dtype, device=device))
@@ -73,6 +79,23 @@ class MIMStudent(MegatronModule):
         # Only masked tokens are compared, so only they are normalised and projected.
         predicted_ME: Tensor = self.lm_head(vision.norm(token_SBD[1:].transpose(0, 1)[mask_BN]))
         return predicted_ME
+
+    @torch.no_grad()
+    def predict(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
+        """Returns predicted_ME without gradient, on every rank of the student's stages; all of them call it."""
+        grid = self.vision.grid
+        if grid.pp_size == 1:
+            predicted_ME: Tensor = self(image_BCHW, mask_BN)
+            return predicted_ME
+        batch = replace(Batch.of_images(image_BCHW), mask_BN=mask_BN).padded(grid.pp_size)
+        part = Part(
+            Tower("student", self, self, grid),
+            batch.split(len(batch) // grid.pp_size),
+            lambda part, hidden, chunk: self(part.image_BCHW, part.mask_BN, hidden=hidden, chunk=chunk),
+            num_stage_tokens=self.vision.num_stage_tokens(None),
+            embed_dim=self.teacher_dim,
+        )
+        return forward_rows(part, int(mask_BN.sum()))
 
     def _masked(self, patch_NBD: Tensor, mask_BN: Tensor) -> Tensor:
         share = self.stop_grad_patch_embed

@@ -40,7 +40,7 @@ class VisionTower(MegatronModule):
         """
         config = tower_config(cfg, grid, precision, layer_spec)
         super().__init__(config)
-        self.cfg, self.grid = cfg, grid
+        self.cfg, self.grid, self.embed_dim = cfg, grid, embed_dim
         self.model_type = ModelType.encoder_or_decoder
         dtype = config.params_dtype
         width = cfg.hidden_size

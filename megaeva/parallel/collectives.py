@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaeva.errors import UserError
+from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime
 
 T = TypeVar("T")
@@ -83,4 +84,12 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the ranks of `group` (None: this process alone), in place. Not differentiable."""
     if group is not None and group.size() > 1:
         dist.all_reduce(value, group=group)
+    return value
+
+
+def broadcast_from_last_stage(value: Tensor, grid: Grid) -> Tensor:
+    """The last pipeline stage's tensor on every stage, which all call it with one shape and dtype, perhaps in place."""
+    if grid.pp_size > 1:
+        value = value.contiguous()
+        dist.broadcast(value, dist.get_global_rank(grid.groups.pp, grid.pp_size - 1), group=grid.groups.pp)
     return value

@@ -1,6 +1,7 @@
 """The process groups of one tower."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.distributed as dist
@@ -37,6 +38,11 @@ class Grid:
     def sequence_parallel(self) -> bool:
         """Whether hidden states are cut over tp along the sequence, between the linears."""
         return self.axes.sequence_parallel and self.tp_size > 1
+
+    @property
+    def vpp_size(self) -> int:
+        """Chunks of the tower on each pipeline rank."""
+        return self.axes.vpp
 
     @property
     def is_first_stage(self) -> bool:
@@ -115,6 +121,19 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
         dp_size=data_size,
         dp_rank=groups.dp.rank(),
     )
+
+
+def build_grids(axes: Mapping[str, AxesSection], runtime: Runtime) -> dict[str, Grid]:
+    """Returns a grid for each name; those of equal sizes share their groups. All ranks must call it alike.
+
+    Raises:
+        UserError: as `build_grid`.
+    """
+    built: dict[tuple[int, int], Grid] = {}
+    for section in axes.values():
+        if (section.tp, section.pp) not in built:
+            built[section.tp, section.pp] = build_grid(section, runtime)
+    return {name: replace(built[section.tp, section.pp], axes=section) for name, section in axes.items()}
 
 
 def grid_of_one() -> Grid:

@@ -8,125 +8,150 @@ loss (contrastive) needs the features of the whole batch before any gradient exi
     (iii) forward and backward each microbatch again with the surrogate sum(feature * dL/dfeature).
 
 `seed_pass` makes the randomness of a pass a function of (seed, step, microbatch, rank), so (iii) repeats (i) exactly.
-With one microbatch and no pipeline, (i) and (iii) are one pass.
+A tower with one microbatch and no pipeline gains nothing by that and keeps the graph of (i) for (iii).
 
 Gradient scale: shares sum (see wrap.py), so neither the number of microbatches nor a tower's data-parallel size
 appears anywhere; `_undo_microbatch_mean` is the one place that cancels mcore's division.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from megaeva.parallel import watch
+from megaeva.parallel.collectives import all_gather_rows, broadcast_from_last_stage
+from megaeva.parallel.grid import Grid
 from megaeva.parallel.wrap import Tower, reduce_gradients, zero_gradients
 
 Sample = TypeVar("Sample")
-Sample_in = TypeVar("Sample_in", contravariant=True)
 SeedPass = Callable[[int], None]
 
 
-class LocalLoss(Protocol[Sample_in]):
-    """A loss that decomposes over samples."""
+@dataclass(frozen=True)
+class Part(Generic[Sample]):
+    """One tower's work in a step: the samples of its own data rank.
 
-    def loss(self, batch: Sample_in) -> Tensor:
-        """This microbatch's share (0-dim); shares over microbatches and data ranks sum to the global loss."""
-        ...
+    Attributes:
+        tower: what runs; only its name, config and grid are read here.
+        batches: microbatches of one size, at least one.
+        forward: (microbatch, hidden of the previous stage, chunk) -> hidden [S, B, D] for the next virtual stage, or on
+            the last one the tower's output.
+        num_stage_tokens: S of the hidden states between stages, before it is cut over tp.
+        embed_dim: width of the output rows.
+        first_index: number of the first microbatch, so that towers' data ranks which share samples seed differently.
+    """
+
+    tower: Tower
+    batches: Sequence[Sample]
+    forward: Callable[[Sample, Tensor | None, int], Tensor]
+    num_stage_tokens: int
+    embed_dim: int
+    first_index: int = 0
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether a second forward pass would gain nothing."""
+        return len(self.batches) == 1 and self.tower.grid.pp_size == 1
 
 
-class GlobalLoss(Protocol[Sample_in]):
+class GlobalLoss(Protocol):
     """A loss over the features of the whole global batch."""
 
-    def features(self, batch: Sample_in) -> tuple[Tensor, ...]:
-        """One [B, E] tensor a modality, with gradients into the towers when they are enabled."""
-        ...
-
     def loss(self, *features: Tensor) -> Tensor:
-        """The global loss, equal on every rank; gradients of its inputs are shares. May reach parameters directly."""
+        """The global loss of this rank's rows, equal on every rank; gradients are shares. May reach parameters."""
         ...
 
 
-@dataclass
-class _Chunk(Generic[Sample]):
-    """What mcore's schedules ask of a model."""
-
-    towers: Sequence[Tower]
-    config: TransformerConfig
-    model_type: ModelType = ModelType.encoder_or_decoder
-    inputs: list[Tensor | None] = field(default_factory=list)
-
-    def set_input_tensor(self, inputs: list[Tensor | None]) -> None:
-        self.inputs = inputs
-
-
-def local_step(task: LocalLoss[Sample], towers: Sequence[Tower], batches: list[Sample], seed_pass: SeedPass) -> Tensor:
-    """This rank's share of the loss (0-dim, detached); afterwards the towers hold the reduced gradients."""
-
-    def forward(batch: Sample) -> tuple[Tensor, Callable[..., Any]]:
-        return task.loss(batch), _undo_microbatch_mean(len(batches))
-
-    zero_gradients(towers)
-    shares = _run(towers, batches, forward, seed_pass)
-    reduce_gradients(towers)
-    return torch.stack(shares).sum()
-
-
-def global_step(
-    task: GlobalLoss[Sample], towers: Sequence[Tower], batches: list[Sample], seed_pass: SeedPass
+def local_step(
+    part: Part[Sample], loss: Callable[[int, Tensor], Tensor], towers: Sequence[Tower], seed_pass: SeedPass
 ) -> Tensor:
-    """The global loss (0-dim, detached, equal on every rank); afterwards the towers hold the reduced gradients.
+    """This data rank's share of the loss (0-dim, detached), on every rank of the tower; gradients are left reduced.
 
-    Memory: features of the whole local batch, activations of one microbatch.
+    Args:
+        loss: (microbatch number, output) -> its share (0-dim); shares over microbatches and data ranks sum to the loss.
     """
     zero_gradients(towers)
-    if len(batches) == 1:
-        losses: list[Tensor] = []
+    undo = _undo_microbatch_mean(len(part.batches))
+    shares = _run(part, lambda index, output: undo(loss(index, output)), seed_pass)
+    reduce_gradients(towers)
+    device = next(part.tower.module.parameters()).device
+    share = torch.stack(shares).sum() if shares else torch.zeros((), device=device)
+    return broadcast_from_last_stage(share, part.tower.grid)
 
-        def forward_once(batch: Sample) -> tuple[Tensor, Callable[..., Any]]:
-            features = task.features(batch)
-            loss, gradients = _loss_and_feature_gradients(task, features)
-            losses.append(loss)
-            return _surrogate(features, gradients), _undo_microbatch_mean(1)
 
-        _run(towers, batches, forward_once, seed_pass)
-        loss = losses[0]
-    else:
-        with torch.no_grad():
-            kept = _run(towers, batches, lambda batch: (task.features(batch), _keep), seed_pass, forward_only=True)
-        joined = tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
-        loss, gradients = _loss_and_feature_gradients(task, joined)
-        sizes = [part[0].shape[0] for part in kept]
-        pieces: Iterator[tuple[Tensor, ...]] = zip(*(gradient.split(sizes) for gradient in gradients), strict=True)
+def global_step(task: GlobalLoss, parts: Sequence[Part[Any]], towers: Sequence[Tower], seed_pass: SeedPass) -> Tensor:
+    """The global loss (0-dim, detached, equal on every rank); afterwards the towers hold the reduced gradients.
 
-        def forward_again(batch: Sample) -> tuple[Tensor, Callable[..., Any]]:
-            return _surrogate(task.features(batch), next(pieces)), _undo_microbatch_mean(len(batches))
-
-        _run(towers, batches, forward_again, seed_pass)
+    Every rank owns the same number of rows of the global batch, the same ones in every part: the ranks that hold one
+    copy of a tower share out its rows for the loss and gather the gradients. Memory: features of the parts' whole
+    batches, activations of one microbatch (of the pipeline's depth).
+    """
+    zero_gradients(towers)
+    features = [_forward_once(part, seed_pass) if part.in_one_pass else _first_pass(part, seed_pass) for part in parts]
+    own = [_own_rows(feature, part.tower.grid) for part, feature in zip(parts, features, strict=True)]
+    watch.at("the loss of the global batch")
+    loss, own_gradients = _loss_and_feature_gradients(task, own)
+    gradients = [
+        all_gather_rows(gradient, part.tower.grid.groups.mp)
+        for part, gradient in zip(parts, own_gradients, strict=True)
+    ]
+    for part, feature, gradient in zip(parts, features, gradients, strict=True):
+        if part.in_one_pass:
+            feature.backward(gradient)
+        else:
+            _second_pass(part, gradient, seed_pass)
+    watch.at("the reduction of gradients")
     reduce_gradients(towers)
     return loss
 
 
-def _loss_and_feature_gradients(
-    task: GlobalLoss[Any], features: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+@torch.no_grad()
+def forward_rows(part: Part[Any], num_rows: int) -> Tensor:
+    """The output rows of all microbatches [num_rows, E] without gradient, on every rank of the tower; all call it."""
+    return _on_all_stages(part, torch.cat(rows) if (rows := _run(part, _keep)) else None, num_rows)
+
+
+def _forward_once(part: Part[Any], seed_pass: SeedPass) -> Tensor:
+    """The output of the only microbatch, with its graph."""
+    watch.at(f"the forward pass of {part.tower.name}")
+    seed_pass(part.first_index)
+    return part.forward(part.batches[0], None, 0)
+
+
+@torch.no_grad()
+def _first_pass(part: Part[Any], seed_pass: SeedPass) -> Tensor:
+    """Features of all microbatches, on all ranks of the tower."""
+    kept = _run(part, _keep, seed_pass, name="pass (i)")
+    return _on_all_stages(part, torch.cat(kept) if kept else None, sum(map(len, part.batches)))
+
+
+def _second_pass(part: Part[Any], gradient_BE: Tensor, seed_pass: SeedPass) -> None:
+    """Forward again, and backward from dL/dfeature."""
+    pieces = gradient_BE.split([len(batch) for batch in part.batches])
+    undo = _undo_microbatch_mean(len(part.batches))
+    # sum(feature * dL/dfeature): its gradient at the parameters is the loss's.
+    _run(part, lambda index, feature: undo((feature * pieces[index]).sum()), seed_pass, name="pass (iii)")
+
+
+def _loss_and_feature_gradients(task: GlobalLoss, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Loss and dL/dfeature; the same backward adds gradients of parameters the loss uses itself (the logit scale)."""
     with torch.enable_grad():
-        leaves = tuple(feature.detach().requires_grad_() for feature in features)
+        leaves = [feature.detach().requires_grad_() for feature in features]
         loss = task.loss(*leaves)
         loss.backward()
-    return loss.detach(), tuple(leaf.grad for leaf in leaves)  # type: ignore[misc]
+    return loss.detach(), [leaf.grad for leaf in leaves]  # type: ignore[misc]
 
 
-def _surrogate(features: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Tensor:
-    """sum(feature * dL/dfeature): its gradient at the parameters is the loss's."""
-    return torch.stack(
-        [(feature * gradient).sum() for feature, gradient in zip(features, gradients, strict=True)]
-    ).sum()
+def _own_rows(feature_BE: Tensor, grid: Grid) -> Tensor:
+    """This rank's share of the rows that all ranks of its copy of the tower hold."""
+    return feature_BE.detach().chunk(grid.model_size)[grid.model_rank]
 
 
 def _undo_microbatch_mean(num_microbatches: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -138,36 +163,71 @@ def _undo_microbatch_mean(num_microbatches: int) -> Callable[[Tensor], tuple[Ten
     return reduce
 
 
-def _keep(output: tuple[Tensor, ...], non_loss_data: bool = True) -> tuple[Tensor, ...]:
+def _keep(index: int, output: Tensor) -> Tensor:
     return output
 
 
+def _on_all_stages(part: Part[Any], rows_XE: Tensor | None, num_rows: int) -> Tensor:
+    """The last pipeline stage's rows on all stages of the tower, which all call it; the others pass None."""
+    module, grid = part.tower.module, part.tower.grid
+    if rows_XE is None:
+        device = next(module.parameters()).device
+        rows_XE = torch.empty(num_rows, part.embed_dim, dtype=module.config.params_dtype, device=device)
+    return broadcast_from_last_stage(rows_XE, grid)
+
+
+class _Chunk(nn.Module):
+    """What mcore's schedules ask of a model, for one chunk of a tower: the tower itself is called by `Part.forward`."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, config: Any, number: int) -> None:
+        super().__init__()
+        self.config, self.number = config, number
+        self.hidden: Tensor | None = None
+
+    def set_input_tensor(self, inputs: list[Tensor | None]) -> None:
+        """Takes the previous stage's output; None on the first."""
+        (self.hidden,) = inputs
+
+
 def _run(
-    towers: Sequence[Tower],
-    batches: list[Sample],
-    forward: Callable[[Sample], tuple[Any, Callable[..., Any]]],
-    seed_pass: SeedPass,
-    forward_only: bool = False,
+    part: Part[Sample], keep: Callable[[int, Tensor], Any], seed_pass: SeedPass | None = None, name: str = "pass"
 ) -> list[Any]:
-    """Drive the passes with mcore's schedule; returns what each microbatch kept."""
-    grid = towers[0].grid
-    config = towers[0].module.config
-    numbered = enumerate(batches)
+    """Drives the microbatches through all stages with mcore's schedule, without backward where gradients are off.
 
-    def forward_step(iterator: Iterator[tuple[int, Sample]], model: nn.Module) -> tuple[Any, Callable[..., Any]]:
+    Returns what `keep` made of each microbatch's output, in order; on the last stage only, elsewhere nothing. With
+    gradients `keep` must return (what to backpropagate, what to return).
+    """
+    grid, num_microbatches = part.tower.grid, len(part.batches)
+    # A copy: these two describe the schedule, and mcore's layers would cut themselves by them.
+    config = copy.copy(part.tower.module.config)
+    if grid.vpp_size > 1:
+        config.virtual_pipeline_model_parallel_size = grid.vpp_size
+        config.microbatch_group_size_per_vp_stage = grid.pp_size
+    chunks = [_Chunk(config, number) for number in range(grid.vpp_size)]
+    with_gradients = torch.is_grad_enabled()
+
+    def forward_step(iterator: Iterator[tuple[int, Sample]], chunk: _Chunk) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(iterator)
-        seed_pass(index)
-        return forward(batch)
+        watch.at(f"{name} of {part.tower.name}, microbatch {index + 1} of {num_microbatches}")
+        if seed_pass is not None:
+            seed_pass(part.first_index + index)
+        output = part.forward(batch, chunk.hidden, chunk.number)
+        return output, lambda output, non_loss_data=False: keep(index, output)
 
-    forward_backward = get_forward_backward_func(pp_size=grid.pp_size, vp_size=None)
-    return forward_backward(
+    kept: list[Any] = get_forward_backward_func(
+        pp_size=grid.pp_size, vp_size=grid.vpp_size if grid.vpp_size > 1 else None
+    )(
         forward_step_func=forward_step,
-        data_iterator=numbered,
-        model=_Chunk(towers, config),
-        num_microbatches=len(batches),
-        seq_length=1,  # unused without a pipeline
-        micro_batch_size=1,  # unused without a pipeline
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
+        data_iterator=[enumerate(part.batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=part.num_stage_tokens,
+        micro_batch_size=len(part.batches[0]),  # type: ignore[arg-type]
+        forward_only=not with_gradients,
+        collect_non_loss_data=not with_gradients,
+        p2p_communicator=P2PCommunicator(grid.groups.pp, config) if grid.pp_size > 1 else None,
         pg_collection=grid.groups,
     )
+    return kept

@@ -15,7 +15,8 @@ class Task(Protocol):
 
     Attributes:
         towers: trained modules in a fixed order; also what checkpoints hold.
-        grid: the grid whose data-parallel ranks read different samples.
+        grid: the data grid: its data ranks are the blocks of ranks that read the same samples
+            (`config.topology.sharing_ranks`), its tp axis the ranks of a block. Each tower has its own grid.
         start_report: lines that say where each weight came from.
     """
 
@@ -23,8 +24,13 @@ class Task(Protocol):
     grid: Grid
     start_report: list[str]
 
-    def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
-        """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced."""
+    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
+        """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced.
+
+        Args:
+            batch: the samples of this data block.
+            seed_pass: (number of a microbatch in the block) -> None; seeds what its pass draws.
+        """
         ...
 
     def after_step(self) -> dict[str, float]:

@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
-from megaeva.config.schema import Config
+from megaeva.config.schema import AxesSection, Config
+from megaeva.config.topology import sharing_ranks, step_axes
 from megaeva.data.batch import Batch
 from megaeva.eval.harness import evaluate
 from megaeva.losses.contrastive import clip_loss
 from megaeva.model.clip_model import build_clip
 from megaeva.model.init import init_weights
 from megaeva.model.recompute import set_recompute
-from megaeva.parallel.grid import build_grid
+from megaeva.parallel import watch
+from megaeva.parallel.grid import Grid, build_grids
 from megaeva.parallel.runtime import Runtime
-from megaeva.parallel.schedule import global_step
+from megaeva.parallel.schedule import Part, global_step
 from megaeva.parallel.wrap import Tower, wrap
+from megaeva.tasks.share import own_microbatches, share_number
 
 
 class Contrastive:
@@ -27,55 +30,76 @@ class Contrastive:
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        self.grid = build_grid(cfg.parallel.vision, runtime)
+        axes = step_axes(cfg) | {"scale": AxesSection(), "data": AxesSection(tp=sharing_ranks(cfg))}
+        self.grids = build_grids(axes, runtime)
+        self.grid = self.grids["data"]
+        watch.place(watch.place_of("vision", self.grids["vision"], cfg.model.vision.num_layers))
         self.model = build_clip(
             cfg.model,
-            vision_grid=self.grid,
-            text_grid=self.grid,
+            vision_grid=self.grids["vision"],
+            text_grid=self.grids["text"],
             precision=cfg.train.precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
         )
         set_recompute(self.model.vision, cfg.parallel.vision.recompute)
         set_recompute(self.model.text, cfg.parallel.text.recompute)
-        init_weights(self.model, seed=cfg.seed, task="contrastive", grid=self.grid)
+        for name in ("vision", "text"):
+            init_weights(getattr(self.model, name), seed=cfg.seed, task="contrastive", grid=self.grids[name])
         self.start_report = self._load_start()
         self.towers: Sequence[Tower] = [
-            wrap(name, module, self.grid, cfg.parallel) for name, module in self._modules().items()
+            wrap(name, module, grid, cfg.parallel) for name, (module, grid) in self._modules().items()
         ]
-        self.vision, self.text, self.scale = (tower.ddp for tower in self.towers)
+        self.vision, self.text, self.scale = self.towers
 
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"vision": self.model.vision, "text": self.model.text, "scale": self.model.scale}
+    def _modules(self) -> dict[str, tuple[nn.Module, Grid]]:
+        return {name: (getattr(self.model, name), self.grids[name]) for name in ("vision", "text", "scale")}
 
     def _load_start(self) -> list[str]:
         """A whole CLIP keeps everything; towers joined for the first time get a fresh projection, head and scale."""
-        start, model = self.cfg.init, self.model
+        start, modules = self.cfg.init, self._modules()
         reports = []
         if start.clip:
-            reports.append(load_weights(start.clip, self._modules(), self.grid))
+            reports.append(load_weights(start.clip, modules))
         if start.vision:
             fresh = ["vision.head"]
             if not read_model_section(start.vision).vision.sub_ln_attention:
                 # EVA-02 B and L are distilled without this norm; the CLIP starts it at weight 1, bias 0.
                 fresh.append("vision.blocks.layers.*.self_attention.inner_norm")
-            reports.append(load_weights(start.vision, {"vision": model.vision}, self.grid, skip=fresh))
+            reports.append(load_weights(start.vision, {"vision": modules["vision"]}, skip=fresh))
         if start.text:
-            reports.append(load_weights(start.text, {"text": model.text}, self.grid, skip=("text.head",)))
+            reports.append(load_weights(start.text, {"text": modules["text"]}, skip=("text.head",)))
         return [line for report in reports for line in report.lines()]
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unnormalised image and text embeddings, [B, E] each."""
-        return self.vision(batch.image_BCHW, batch.keep_BK), self.text(batch.token_BL)
-
     def loss(self, *features: Tensor) -> Tensor:
-        """The mean over the global batch and both directions, of image_BE and text_BE."""
-        image_BE, text_BE = features
-        return clip_loss(image_BE, text_BE, self.scale(), group=self.grid.groups.dp)
+        """The mean over the global batch and both directions, of this rank's rows text_BE and image_BE."""
+        text_BE, image_BE = features
+        return clip_loss(image_BE, text_BE, self.scale.ddp(), group=self.scale.grid.groups.dp)
 
-    def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
+    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """See `Task.step`."""
-        return global_step(self, self.towers, batches, seed_pass)
+        return global_step(self, (self._text_part(batch), self._vision_part(batch)), self.towers, seed_pass)
+
+    def _text_part(self, batch: Batch) -> Part[Batch]:
+        return Part(
+            self.text,
+            own_microbatches(batch, self.text.grid, self.grid, self.cfg),
+            lambda part, hidden, chunk: self.text.ddp(part.token_BL),
+            num_stage_tokens=1,  # unused without a pipeline
+            embed_dim=self.cfg.model.embed_dim,
+        )
+
+    def _vision_part(self, batch: Batch) -> Part[Batch]:
+        grid = self.vision.grid
+        batches = own_microbatches(batch, grid, self.grid, self.cfg)
+        return Part(
+            self.vision,
+            batches,
+            lambda part, hidden, chunk: self.vision.ddp(part.image_BCHW, part.keep_BK, hidden=hidden, chunk=chunk),
+            num_stage_tokens=self.model.vision.num_stage_tokens(batch.keep_BK),
+            embed_dim=self.cfg.model.embed_dim,
+            first_index=len(batches) * share_number(grid, self.grid),
+        )
 
     def after_step(self) -> dict[str, float]:
         """Clamp the logit scale to [0, max]; EVA does so after every step."""

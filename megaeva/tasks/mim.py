@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
-from megaeva.config.schema import Config
+from megaeva.config.schema import AxesSection, Config
+from megaeva.config.topology import sharing_ranks, step_axes
 from megaeva.data.batch import Batch
 from megaeva.errors import ConfigError
 from megaeva.eval.masked import evaluate_masked
@@ -20,11 +21,13 @@ from megaeva.model.mim_student import MIMStudent
 from megaeva.model.recompute import set_recompute
 from megaeva.model.teacher import Teacher
 from megaeva.model.vision_tower import VisionTower
-from megaeva.parallel.collectives import all_sum
-from megaeva.parallel.grid import build_grid
+from megaeva.parallel import watch
+from megaeva.parallel.collectives import all_gather_rows, all_sum
+from megaeva.parallel.grid import build_grids
 from megaeva.parallel.runtime import Runtime
-from megaeva.parallel.schedule import local_step
+from megaeva.parallel.schedule import Part, local_step
 from megaeva.parallel.wrap import Tower, wrap
+from megaeva.tasks.share import own_microbatches, share_number
 
 
 class MIM:
@@ -33,25 +36,28 @@ class MIM:
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         assert cfg.mim is not None, "config.validate requires it for this task"
         self.cfg, self.runtime = cfg, runtime
-        self.grid = build_grid(cfg.parallel.vision, runtime)
+        axes = step_axes(cfg) | {"data": AxesSection(tp=sharing_ranks(cfg))}
+        self.grids = build_grids(axes, runtime)
+        self.grid = self.grids["data"]
+        watch.place(watch.place_of("student", self.grids["student"], cfg.model.vision.num_layers))
         self.teacher, teacher_dim, report = self._load_teacher(cfg)
         self.student = MIMStudent(
             cfg.model.vision,
             teacher_dim,
-            grid=self.grid,
+            grid=self.grids["student"],
             precision=cfg.train.precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
             stop_grad_patch_embed=cfg.mim.stop_grad_patch_embed,
         )
         set_recompute(self.student.vision, cfg.parallel.vision.recompute)
-        init_weights(self.student, seed=cfg.seed, task="mim", grid=self.grid)
+        init_weights(self.student, seed=cfg.seed, task="mim", grid=self.grids["student"])
         self.start_report = report
         if cfg.init.vision:
-            self.start_report += load_weights(
-                cfg.init.vision, {"vision": self.student.vision}, self.grid, skip=("vision.head",)
-            ).lines()
-        self.towers: Sequence[Tower] = [wrap("student", self.student, self.grid, cfg.parallel)]
+            start = {"vision": (self.student.vision, self.grids["student"])}
+            self.start_report += load_weights(cfg.init.vision, start, skip=("vision.head",)).lines()
+        self.towers: Sequence[Tower] = [wrap("student", self.student, self.grids["student"], cfg.parallel)]
+        self.teacher_dim = teacher_dim
         self.num_global_tokens = 0.0
 
     def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, list[str]]:
@@ -67,29 +73,63 @@ class MIM:
         tower = VisionTower(
             section.vision,
             section.embed_dim,
-            grid=self.grid,
+            grid=self.grids["teacher"],
             precision=cfg.train.precision,
             layer_spec=self.runtime.layer_spec,
             device=self.runtime.device,
         )
-        report = load_weights(cfg.teacher.checkpoint, {"vision": tower}, self.grid)
+        report = load_weights(cfg.teacher.checkpoint, {"vision": (tower, self.grids["teacher"])})
         return Teacher(tower), section.embed_dim, report.lines()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """This microbatch's share of the mean negative cosine over masked tokens."""
-        assert batch.mask_BN is not None
-        target_BNE = self.teacher(batch.image_BCHW)
-        predicted_ME = self.towers[0].ddp(batch.image_BCHW, batch.mask_BN)
-        return negative_cosine_share(predicted_ME, target_BNE[batch.mask_BN], self.num_global_tokens)
-
-    def step(self, batches: list[Batch], seed_pass: Callable[[int], None]) -> Tensor:
+    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """See `Task.step`."""
-        group: dist.ProcessGroup = self.grid.groups.dp
-        here = float(sum(int(batch.mask_BN.sum()) for batch in batches if batch.mask_BN is not None))
-        (self.num_global_tokens,) = all_sum([here], self.runtime, group)
-        share = local_step(self, self.towers, batches, seed_pass)
-        (loss,) = all_sum([share.item()], self.runtime, group)
+        assert batch.mask_BN is not None
+        (student,) = self.towers
+        grid = student.grid
+        target_ME = self.targets(batch)
+        batches = own_microbatches(batch, grid, self.grid, self.cfg)
+        counts = [int(part.mask_BN.sum()) for part in batches if part.mask_BN is not None]
+        first_index = len(batches) * share_number(grid, self.grid)
+        before = int(batch.mask_BN[: len(batches[0]) * first_index].sum())
+        own_targets = target_ME[before : before + sum(counts)].split(counts)
+        (self.num_global_tokens,) = all_sum([float(sum(counts))], self.runtime, grid.groups.dp)
+        part = Part(
+            student,
+            batches,
+            lambda part, hidden, chunk: student.ddp(part.image_BCHW, part.mask_BN, hidden=hidden, chunk=chunk),
+            num_stage_tokens=self.student.vision.num_stage_tokens(None),
+            embed_dim=self.teacher_dim,
+            first_index=first_index,
+        )
+        loss_share = local_step(
+            part,
+            lambda index, predicted_ME: negative_cosine_share(predicted_ME, own_targets[index], self.num_global_tokens),
+            self.towers,
+            seed_pass,
+        )
+        (loss,) = all_sum([loss_share.item()], self.runtime, grid.groups.dp)
         return torch.tensor(loss)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's features [M, E] behind the masks of a data block's samples, in row-major order of its mask.
+
+        Each image goes through the teacher once: its data ranks share out the block, which all of its ranks then know.
+        All ranks of the data block call it.
+        """
+        assert batch.mask_BN is not None
+        grid = self.grids["teacher"]
+        watch.at("the teacher's pass")
+        parts = own_microbatches(batch, grid, self.grid, self.cfg)
+        target_ME = torch.cat([self.teacher(part.image_BCHW)[part.mask_BN] for part in parts])
+        if grid.dp_size == self.grid.dp_size:
+            return target_ME
+        # Each of the ranks that hold the same rows gives its part of them; counts follow from the masks, known to all.
+        counts = [int(mask_BN.sum()) for mask_BN in batch.mask_BN.split(sum(map(len, parts)))]
+        sizes = [len(rows) for count in counts for rows in torch.empty(count, 0).tensor_split(grid.tp_size)]
+        own = target_ME.tensor_split(grid.tp_size)[grid.tp_rank]
+        padded = functional.pad(own, (0, 0, 0, max(sizes) - len(own)))
+        gathered = all_gather_rows(padded, self.grid.groups.tp).split(max(sizes))
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     def after_step(self) -> dict[str, float]:
         """Nothing to clamp."""
