@@ -197,11 +197,7 @@ def full_length(tower: TextTower) -> Iterator[None]:
     """Inside, `tower` computes every token of its context, the padding after the end tokens too."""
 
     def forward(token_BL: Tensor) -> Tensor:
-        hidden_BLD = tower.token_embedding(token_BL) + tower.pos_embed
-        hidden_LBD = tower.blocks(hidden_BLD.transpose(0, 1).contiguous(), attention_mask=None)
-        end_BD = hidden_LBD[token_BL.argmax(-1), torch.arange(len(token_BL), device=token_BL.device)]
-        text_BE: Tensor = tower.head(tower.norm(end_BD))
-        return text_BE
+        return tower.encode(token_BL, token_BL.argmax(-1), token_BL.shape[1])
 
     tower.forward = forward  # type: ignore[method-assign]
     try:
