@@ -18,8 +18,8 @@ from megaeva.parallel.grid import Grid
 class TextTower(MegatronModule):
     """Caption encoder; its parameters are uninitialised until `init_weights` or a checkpoint fills them.
 
-    Parameters: token_embedding.weight [vocabulary, D] (cut over tp), pos_embed [L, D], blocks.layers.i.*, norm.*,
-    head.weight [E, D].
+    Parameters: token_embedding.weight [vocabulary, D] (cut over tp where tp divides the vocabulary, else whole on each
+    rank), pos_embed [L, D], blocks.layers.i.*, norm.*, head.weight [E, D].
     """
 
     def __init__(
@@ -40,10 +40,17 @@ class TextTower(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         dtype = config.params_dtype
         with torch.device(device):
-            self.token_embedding = VocabParallelEmbedding(
-                cfg.vocab_size, cfg.hidden_size, init_method=no_init, config=config, tp_group=grid.groups.tp
-            )
-            mark_sharded(self.token_embedding.weight, 0)
+            self.token_embedding: nn.Embedding | VocabParallelEmbedding
+            if cfg.vocab_size % grid.tp_size:
+                # mcore cuts into equal parts only, and 5 divides 20 heads but not CLIP's 49,408 words.
+                # Every rank sees every token before `scatter_tokens`, so its gradient is whole too.
+                weight = torch.empty(cfg.vocab_size, cfg.hidden_size, dtype=dtype)
+                self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size, _weight=weight)
+            else:
+                self.token_embedding = VocabParallelEmbedding(
+                    cfg.vocab_size, cfg.hidden_size, init_method=no_init, config=config, tp_group=grid.groups.tp
+                )
+                mark_sharded(self.token_embedding.weight, 0)
             self.pos_embed = nn.Parameter(torch.empty(cfg.context_length, cfg.hidden_size, dtype=dtype))
             self.blocks = Blocks(config, cfg, grid, layer_spec)
             self.norm = final_norm(config, layer_spec)
