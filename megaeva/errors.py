@@ -87,6 +87,19 @@ def explain_disk_error(error: OSError) -> str | None:
     )
 
 
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The text and exit code that a process ends with; None for an error that only its traceback explains."""
+    if isinstance(error, UserError):
+        return f"error: {error}", error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, OSError) and (explained := explain_disk_error(error)) is not None:
+        return f"error: {explained}", EXPLAINED
+    if is_lost_peer(error):
+        return "stopped: another rank hangs or is gone; what follows, or its own output, says which and why", LOST_PEER
+    return None
+
+
 def explain_end(run: Callable[[], int]) -> int:
     """The exit code of `run`, or of the mistake it ended with, which is told once over all ranks of a torchrun job.
 
@@ -100,18 +113,11 @@ def explain_end(run: Callable[[], int]) -> int:
     except LostRankError as error:
         error.tell()
         return error.status
-    except UserError as error:
-        text, status = f"error: {error}", error.status
-    except KeyboardInterrupt:
-        text, status = "interrupted", INTERRUPTED
-    except OSError as error:
-        if (explained := explain_disk_error(error)) is None:
+    except BaseException as error:
+        explanation = explain(error)
+        if explanation is None:
             raise
-        text, status = f"error: {explained}", EXPLAINED
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        text, status = "stopped: another rank is gone; what follows, or its own output, says which and why", LOST_PEER
+    text, status = explanation
     if rank != "0":
         time.sleep(_PATIENCE_SECONDS)
         text = f"rank {rank}: {text}"
@@ -121,4 +127,5 @@ def explain_end(run: Callable[[], int]) -> int:
 
 def _print_last(text: str) -> None:
     sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # in one piece, as ranks share a pipe
+    sys.stderr.flush()

@@ -16,12 +16,14 @@ from types import FrameType
 from typing import BinaryIO, TextIO
 
 from megaeva.config.schema import LaunchSection
-from megaeva.errors import EXPLAINED, UserError
+from megaeva.errors import EXPLAINED, LOST_CONTACT, LOST_PEER, UserError
 from megaeva.observability.progress import is_status_line
 
 _TAIL_LINES = 200
 _TORCH_LOG_LINE = re.compile(r"^[IWE]\d{4} ")
 _TORCHRUN_LINE = re.compile(r"^[IWE]\d{4} .*torch/distributed/elastic/")  # its remarks on an end that we explain
+_LOST_CONTACT_LINE = re.compile(rf"^error: ({re.escape(LOST_CONTACT)}.*)$")
+_LOST_RANK = re.compile(rf"^{re.escape(LOST_CONTACT)}rank (\d+) \(")
 CONTINUES = "run the same command again: it continues from the last checkpoint."
 _EXCEPTION_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 
@@ -31,9 +33,10 @@ class StageFailedError(UserError):
 
     Attributes:
         stage: the job's name.
-        rank: global rank that died first; None when the launcher itself failed.
-        exit_code: of that rank, negative for a signal.
-        reason: its last error message.
+        rank: global rank that died first or that the others could not reach; None when the launcher itself failed, or
+            when nobody is to blame.
+        exit_code: of that rank, negative for a signal; LOST_PEER for one that hung.
+        reason: its last error message, or what the others said of it: host, place in the towers, and last position.
     """
 
     def __init__(
@@ -45,9 +48,15 @@ class StageFailedError(UserError):
             super().__init__(f"stage {stage} stopped by the error above (log: {log_path}); mend it and {again}")
             return
         self.status = 1
-        who = f"rank {rank}" if rank is not None else "the launcher"
+        if reason.startswith(LOST_CONTACT):
+            # Who went and where it stood. How its process ended is news only where that was the cause.
+            how = f"rank {rank} {describe_exit(exit_code)}: " if exit_code < 0 else ""
+            failure = f"{how}{reason}"
+        else:
+            who = f"rank {rank}" if rank is not None else "the launcher"
+            failure = f"{who} {describe_exit(exit_code)}{': ' + reason if reason else ''}"
         super().__init__(
-            f"stage {stage} failed: {who} {describe_exit(exit_code)}{': ' + reason if reason else ''}\n"
+            f"stage {stage} failed: {failure}\n"
             f"Every rank must end with exit code 0; the others were stopped. "
             f"Read {log_path}, mend the cause and {again}"
         )
@@ -186,12 +195,20 @@ def _is_direct(launch: LaunchSection) -> bool:
 
 
 def _verdict(exit_code: int, failure_file: Path, tail: Sequence[str], *, direct: bool) -> tuple[int | None, int, str]:
-    """(rank, its exit code, its last message)."""
+    """(rank, its exit code, its last message or what the other ranks said of it)."""
     if direct:
         return 0, exit_code, last_error(tail)
-    if not failure_file.exists():
+    failure = json.loads(failure_file.read_text(encoding="utf-8")) if failure_file.exists() else None
+    told = next((match[1] for line in reversed(tail) if (match := _LOST_CONTACT_LINE.match(line))), None)
+    if told is not None:
+        named = _LOST_RANK.match(told)
+        rank = int(named[1]) if named else None
+        # torchrun kills a rank that hangs, too, but that is not what it died of.
+        if "its process is gone" in told and failure is not None and failure["rank"] == rank:
+            return rank, int(failure["exit_code"]), told
+        return rank, LOST_PEER, told
+    if failure is None:
         return None, exit_code, last_error(tail)
-    failure = json.loads(failure_file.read_text(encoding="utf-8"))
     message = str(failure["message"])
     if failure["exit_code"] < 0:
         message = ""  # a signal leaves no words; what stands last in the log is another rank's
@@ -242,7 +259,8 @@ def _kill_tree(pid: int) -> None:
 def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase) -> deque[str]:
     """Copies lines to log and terminal, where a status line overwrites the one before. Returns the last lines.
 
-    What torchrun itself says of a rank's end goes to the log only.
+    What torchrun itself says of a rank's end goes to the log only, and what ranks say of a lost one, as the error that
+    the launcher ends with quotes it.
     """
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     in_place = terminal.isatty()
@@ -259,6 +277,8 @@ def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase) -> deque[str]:
         if _TORCHRUN_LINE.match(text):
             continue
         tail.append(text)
+        if _LOST_CONTACT_LINE.match(text):
+            continue
         status = in_place and is_status_line(text)
         if status:
             width = os.get_terminal_size(terminal.fileno()).columns

@@ -33,13 +33,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megaeva.config.topology import virtual_stages
-from megaeva.errors import LOST_PEER, LostRankError, is_lost_peer, is_timeout
+from megaeva.errors import LOST_PEER, LostRankError, explain, is_lost_peer, is_timeout
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime
 
@@ -50,7 +51,7 @@ _NAMED_IN_FULL = 3
 _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
-_WAITS, _STANDS, _LEFT = "waits", "stands", "left"
+_WAITS, _STANDS, _LEFT, _TOLD = "waits", "stands", "left", "told"
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,15 @@ def explaining(runtime: Runtime) -> Iterator[None]:
         yield
     except BaseException as error:
         if not is_lost_peer(error):
-            post.leave(f"{type(error).__name__}: {error}")
+            if runtime.is_main and explain(error) is not None:
+                post.leave(_TOLD, "")  # by this rank, on the terminal, at once
+            else:
+                post.leave(_LEFT, f"{type(error).__name__}: {error}")
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise post.verdict(error) from None
     else:
-        post.leave("it ended before the others")
+        post.leave(_LEFT, "it ended before the others")
 
 
 def judge(
@@ -141,15 +145,17 @@ def judge(
     Args:
         error: what the collective failed with on the rank that raised the alarm.
         seen: every rank's notes, as far as they are known.
-        answers: of the ranks that answered: ("waits", ""), ("stands", where) or ("left", why).
+        answers: of the ranks that answered: ("waits", ""), ("stands", where), ("left", why), or ("told", "") from one
+            that left and says why itself.
     """
     timed_out = is_timeout(error)
     left = {rank: answer[1] for rank, answer in answers.items() if answer[0] == _LEFT}
+    left |= {rank: "for the reason it tells" for rank, answer in answers.items() if answer[0] == _TOLD}
     silent = [rank for rank in sorted(seen) if rank not in answers]
     standing = {rank: answer[1] for rank, answer in answers.items() if answer[0] == _STANDS and timed_out}
     silence = f"no answer for {timeout_minutes:g} min"
     if left:
-        reasons = {rank: f"left the job ({why})" for rank, why in left.items()}
+        reasons = {rank: f"left the job: {why}" for rank, why in left.items()}
         remedy = "Ranks must leave together; mend that"
     elif silent and not timed_out:
         reasons = dict.fromkeys(silent, "its process is gone")
@@ -195,18 +201,18 @@ class _Post(threading.Thread):
         self._published: Seen | None = None
         self._wake, self._told, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._main_ends = False  # the main thread has left the block and ends the process
-        self._left: str | None = None
+        self._left: tuple[str, ...] | None = None
         self._error: str | None = None
         self._text: str | None = None
         self._speaks = False
 
     # --------------------------------------------------------------------------------------------- the main thread
 
-    def leave(self, why: str) -> None:
+    def leave(self, *answer: str) -> None:
         """Tell the others that this rank leaves for a reason of its own."""
         with self._lock:
             self._main_ends = True
-        self._left = _one_line(why)
+        self._left = tuple(map(_one_line, answer))
         self._wake.set()
         self.join(timeout=2 * _POLL_SECONDS)
 
@@ -236,7 +242,7 @@ class _Post(threading.Thread):
             while True:
                 self._publish()
                 if self._left is not None:
-                    self._answer(_LEFT, self._left)
+                    self._answer(*self._left)
                     return
                 if self._error is not None or self._store.check(["alarm"]):
                     break
@@ -290,7 +296,9 @@ class _Post(threading.Thread):
         seen = {rank: Seen(**note) if note else _UNSEEN for rank, note in notes.items()}
         minutes = self._runtime.timeout.total_seconds() / 60
         blamed, text = judge(self._error or "", seen, answers, minutes, time.time())
-        speaker = 0 if 0 not in blamed else self._runtime.rank
+        speaker: int | None = 0 if 0 not in blamed else self._runtime.rank
+        if any(answer[0] == _TOLD for answer in answers.values()):
+            speaker = None
         self._store.set("verdict", json.dumps({"text": text, "speaker": speaker}))
         return text, speaker == self._runtime.rank
 
@@ -311,7 +319,7 @@ _UNSEEN = Seen("unknown", 0, "", "the start", time.time())
 
 
 def _standing(thread_id: int) -> str | None:
-    """Where a thread stands, as "function (file:line)"; None if it waits for other ranks."""
+    """Where a thread stands, as "function (file:line)" and the same of our code; None if it waits for other ranks."""
     frame = sys._current_frames().get(thread_id)
     if frame is None:
         return None
@@ -319,11 +327,13 @@ def _standing(thread_id: int) -> str | None:
     # Blocking collectives wait inside torch.distributed; mcore waits for its own with `.wait()`, which has no frame.
     if file.startswith(_TORCH_DISTRIBUTED) or ".wait(" in linecache.getline(file, line):
         return None
-    innermost = frame
-    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    frame = frame or innermost
-    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+    stands = f"{frame.f_code.co_name} ({file}:{line})"
+    ours: FrameType | None = frame
+    while ours is not None and not ours.f_code.co_filename.startswith(_PACKAGE):
+        ours = ours.f_back
+    if ours is None or ours is frame:
+        return stands
+    return f"{stands} under {ours.f_code.co_name} ({ours.f_code.co_filename}:{ours.f_lineno})"
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,225 @@
+"""Ranks that really hang, stop, die or fail: the others end within the timeout and name the right one.
+
+All jobs of the first half run at once, forked by one process that has loaded torch already: they mostly wait, and
+loading torch would take longer than they do. The second half trains under torchrun. Timeouts leave room for a busy
+machine.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANKS = 3
+TIMEOUT_SECONDS = 6.0
+
+
+@dataclass
+class Job:
+    """What became of its ranks.
+
+    Attributes:
+        status: exit codes, negative for a signal; a stopped rank is killed when the others have ended.
+        seconds: from the point where it went wrong until each rank ended.
+        output: what each printed.
+    """
+
+    status: dict[int, int]
+    seconds: dict[int, float]
+    output: dict[int, str]
+
+
+# ------------------------------------------------------------------------------- in the process that forks the ranks
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise ValueError("no such sample\nin this shard")
+
+
+ENDS: dict[str, Callable[[], None]] = {f.__name__: f for f in (hang, stop, die, fail)}
+# (how the culprit ends, what the others wait in, the culprit)
+CASES = [
+    *((end, how, 1) for end in ENDS for how in ("all_reduce", "p2p")),
+    ("stop", "all_reduce", 0),
+    ("die", "all_reduce", 0),
+    ("none", "mismatch", -1),
+]
+
+
+def wait_for_culprit(end: str, how: str, culprit: int, went_wrong: Path) -> int:
+    """One rank: it takes part until the culprit ends in one of the ways above, where the others need it."""
+    import torch
+    import torch.distributed as dist
+
+    from megaeva.parallel import runtime, watch
+
+    this = runtime.start("cpu", TIMEOUT_SECONDS / 60)
+    group = dist.new_group(timeout=this.timeout)
+    with watch.explaining(this):
+        watch.place(f"vision pp rank {this.rank} of 3")
+        watch.at("reading data", step=17)
+        dist.barrier()
+        watch.at("pass (iii), vision, microbatch 2 of 4")
+        time.sleep(2.5)  # notes are published once a second
+        if this.rank in (culprit, culprit + 1):
+            went_wrong.touch()
+        if this.rank == culprit:
+            ENDS[end]()
+        if how == "all_reduce":
+            dist.all_reduce(torch.ones(4), group=group)
+        elif how == "mismatch":
+            watch.at(f"the place of rank {this.rank}")
+            dist.barrier(group=group if this.rank == 0 else None)
+        else:
+            # As mcore's pipeline does it: rank 0 waits for something of rank 1's, and rank 2 for rank 1 to take
+            # something that the sockets cannot hold.
+            op, size = (dist.irecv, 4) if this.rank == 0 else (dist.isend, 4_000_000)
+            for request in dist.batch_isend_irecv([dist.P2POp(op, torch.ones(size), culprit, group)]):
+                request.wait()
+    return 0
+
+
+def fork_rank(rank: int, port: int, folder: Path, case: tuple[str, str, int]) -> int:
+    """The process id of a rank that writes its output to `folder`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        sink = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+        )  # fmt: skip
+        from megaeva.errors import explain_end
+
+        status = explain_end(lambda: wait_for_culprit(*case, folder / "went_wrong"))
+    except BaseException as error:
+        print(f"Traceback: {type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(status)
+
+
+def run_jobs(folder: Path) -> None:
+    """Runs every case and writes what happened to `folder`/jobs.json."""
+    import torch
+    import torch.distributed as dist
+
+    from megaeva.parallel import platform, watch  # noqa: F401  loaded once, before the forks
+
+    torch.set_num_threads(1)
+    platform.apply_cpu_shim()
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in CASES]
+    left = {}
+    for number, (case, store) in enumerate(zip(CASES, stores, strict=True)):
+        (folder / str(number)).mkdir()
+        for rank in range(RANKS):
+            left[fork_rank(rank, store.port, folder / str(number), case)] = (number, rank)
+    jobs = [Job({}, {}, {}) for _ in CASES]
+    deadline = time.monotonic() + 60
+    while left and time.monotonic() < deadline:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.05)
+            continue
+        number, rank = left.pop(pid)
+        jobs[number].status[rank] = os.waitstatus_to_exitcode(status)
+        jobs[number].seconds[rank] = time.time() - (folder / str(number) / "went_wrong").stat().st_mtime
+        end, _, culprit = CASES[number]
+        others_ended = len(jobs[number].status) == RANKS - 1 and culprit not in jobs[number].status
+        if end == "stop" and others_ended:
+            os.kill(next(pid for pid, place in left.items() if place == (number, culprit)), signal.SIGKILL)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    for number, job in enumerate(jobs):
+        job.output = {rank: (folder / str(number) / f"{rank}.txt").read_text() for rank in range(RANKS)}
+    (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
+
+
+# ------------------------------------------------------------------------------------------------ what is asked of it
+
+
+Jobs = dict[tuple[str, str, int], Job]
+SLACK_SECONDS = 10  # a busy machine
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    folder = tmp_path_factory.mktemp("jobs")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True, timeout=120)
+    read = json.loads((folder / "jobs.json").read_text())
+    fields = ("status", "seconds", "output")
+    return {
+        case: Job(*({int(rank): value for rank, value in job[field].items()} for field in fields))
+        for case, job in zip(CASES, read, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[0] != "none"], ids=lambda case: "-".join(map(str, case))
+)
+def test_the_right_rank_is_named_once(jobs: Jobs, case: tuple[str, str, int]) -> None:
+    (end, _, culprit), job = case, jobs[case]
+    others = [rank for rank in range(RANKS) if rank != culprit]
+    lines = [line for rank in others for line in job.output[rank].splitlines()]
+    assert len(lines) == 1, job.output
+    if culprit:
+        assert job.output[0], "rank 0 speaks"
+    reason = {
+        "hang": "no answer for 0.1 min, it stands in hang (",
+        "stop": "no answer for 0.1 min; ",
+        "die": "its process is gone; ",
+        "fail": "left the job: ValueError: no such sample in this shard; ",
+    }[end]
+    assert lines[0].startswith(f"error: lost contact: rank {culprit} (host {socket.gethostname()}, pid ")
+    assert f", vision pp rank {culprit} of 3): {reason}" in lines[0]
+    assert "last seen in step 17, pass (iii), vision, microbatch 2 of 4 (" in lines[0]
+    assert lines[0].endswith("continue with --resume.")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_every_process_ends(jobs: Jobs, case: tuple[str, str, int]) -> None:
+    (end, _, culprit), job = case, jobs[case]
+    own = {"hang": 3, "stop": -signal.SIGKILL, "die": -signal.SIGKILL, "fail": 1, "none": 3}[end]
+    assert job.status == {rank: own if rank == culprit else 3 for rank in range(RANKS)}
+    waited = TIMEOUT_SECONDS if end in ("hang", "stop", "none") else 0
+    asked = 5 if end in ("stop", "die") else 2  # where a rank is silent, the others wait for its answer
+    assert max(job.seconds.values()) < waited + asked + 1 + SLACK_SECONDS
+
+
+def test_ranks_that_wait_for_each_other_are_not_blamed(jobs: Jobs) -> None:
+    job = jobs["none", "mismatch", -1]
+    lines = [line for output in job.output.values() for line in output.splitlines()]
+    assert len(lines) == 1, job.output
+    assert (
+        "every rank answers: " + "; ".join(f"rank {r} in step 17, the place of rank {r}" for r in (0, 1, 2)) in lines[0]
+    )
+
+
+if __name__ == "__main__":
+    run_jobs(Path(sys.argv[1]))
