@@ -95,7 +95,7 @@ def peak_rate(tower: str, optim: OptimSection) -> tuple[float, float]:
 
 
 def param_groups(
-    tower: str, named_parameters: Iterable[tuple[str, Tensor]], optim: OptimSection
+    tower: str, named_parameters: Iterable[tuple[str, Tensor]], optim: OptimSection, num_blocks: int | None = None
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: trained parameters with the same rate, decay and dtype together.
 
@@ -103,11 +103,16 @@ def param_groups(
     The order of groups and of parameters in them follows `named_parameters`, so it is equal on every rank. The dtype
     is part of the key because mcore's distributed optimizer numbers the shards of a group one dtype after the other.
 
+    Args:
+        named_parameters: this stage's, blocks numbered as in the whole tower.
+        num_blocks: of the whole tower, from which layer decay counts; None: the last one is among the parameters.
+
     Raises:
         LookupError: a parameter that the table does not cover, frozen ones included.
     """
     ruled = [(name, parameter, *find_rule(name)) for name, parameter in named_parameters]
-    num_blocks = max((block + 1 for *_, block in ruled if block is not None), default=0)
+    if num_blocks is None:
+        num_blocks = max((block + 1 for *_, block in ruled if block is not None), default=0)
     lr, layer_decay = peak_rate(tower, optim)
     groups: dict[tuple[float, bool, torch.dtype], dict[str, Any]] = {}
     for name, parameter, rule, block in ruled:

@@ -46,11 +46,13 @@ VISION = {
 TEXT = {"token_embedding.weight": (9, 4), "pos_embed": (7, 4), **_block(0), "norm.bias": (4,), "head.weight": (6, 4)}
 
 
-def _settings(tower: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[float, float]]:
+def _settings(
+    tower: str, shapes: dict[str, tuple[int, ...]], num_blocks: int | None = None
+) -> dict[str, tuple[float, float]]:
     """{name: (learning rate / tower's peak, weight decay)}"""
     named = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     names = {id(p): name for name, p in named.items()}
-    groups = param_groups(tower, named.items(), OPTIM)
+    groups = param_groups(tower, named.items(), OPTIM, num_blocks)
     found = {names[id(p)]: (group["lr_mult"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found.keys() == shapes.keys()
     assert len(groups) == len({(group["lr_mult"], group["wd_mult"]) for group in groups})
@@ -73,6 +75,16 @@ def test_vision_layer_decay() -> None:
 def test_18b_embeddings_have_the_published_scale() -> None:
     shapes = {"cls_token": (1, 1, 4)} | {f"blocks.layers.{i}.mlp.linear_fc1.bias": (4,) for i in range(48)}
     assert _settings("vision", shapes)["cls_token"][0] == pytest.approx(0.0057, abs=5e-5)
+
+
+def test_a_pipeline_stage_counts_the_blocks_of_the_whole_tower() -> None:
+    whole = _settings("vision", VISION)
+    first = {name: shape for name, shape in VISION.items() if not name.startswith(("blocks.layers.1.", "norm", "head"))}
+    last = {name: shape for name, shape in VISION.items() if name not in first}
+    assert first and last
+    for stage in (first, last):
+        assert _settings("vision", stage, num_blocks=2) == {name: whole[name] for name in stage}
+    assert _settings("vision", first) != {name: whole[name] for name in first}
 
 
 def test_text_has_its_own_decay_and_decays_the_token_embedding() -> None:
