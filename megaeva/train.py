@@ -7,6 +7,7 @@ the others), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint written
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,9 +30,10 @@ def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
     Raises:
         UserError: a mistake in the recipe, data or checkpoint.
     """
-    from megaeva.config import diff_from_base, load
+    from megaeva.config import check_world, diff_from_base, load
 
     cfg = load(recipe, overrides)
+    check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     # Imported here: mistakes in the recipe are told before torch is loaded.
     from megaeva.parallel import watch
     from megaeva.parallel.runtime import start, stop

@@ -158,7 +158,8 @@ class AxesSection(Section):
         None, description="layers of the pp x vpp virtual stages in order of depth; None: even, the ends lighter"
     )
     recompute: Literal["none", "selective", "full"] | PositiveInt = Field(
-        "none", description="activations computed again in backward: attention's, every layer's, the first N layers'"
+        "none",
+        description="activations computed again in backward: attention's, all layers', or the first N layers' of a stage",
     )
 
     @field_validator("recompute", mode="before")

@@ -200,11 +200,14 @@ def _run(
     gradients `keep` must return (what to backpropagate, what to return).
     """
     grid, num_microbatches = part.tower.grid, len(part.batches)
-    # A copy: these two describe the schedule, and mcore's layers would cut themselves by them.
+    # A copy: these describe the schedule, and mcore's layers would cut themselves by them.
     config = copy.copy(part.tower.module.config)
     if grid.vpp_size > 1:
         config.virtual_pipeline_model_parallel_size = grid.vpp_size
         config.microbatch_group_size_per_vp_stage = grid.pp_size
+        # Transfers overlap with the other chunks' work. Batched ones would also be wrong at pp=2: a hidden state and a
+        # gradient then travel between the same two ranks in one batch, and are matched by their order alone.
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
     chunks = [_Chunk(config, number) for number in range(grid.vpp_size)]
     with_gradients = torch.is_grad_enabled()
 

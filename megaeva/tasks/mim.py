@@ -12,6 +12,7 @@ from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import AxesSection, Config
 from megaeva.config.topology import sharing_ranks, step_axes
+from megaeva.config.validate import check_teacher
 from megaeva.data.batch import Batch
 from megaeva.errors import ConfigError
 from megaeva.eval.masked import evaluate_masked
@@ -63,6 +64,7 @@ class MIM:
     def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, list[str]]:
         assert cfg.teacher is not None
         section = read_model_section(cfg.teacher.checkpoint)
+        check_teacher(cfg, section.vision)
         sizes = [(vision.image_size, vision.patch_size) for vision in (section.vision, cfg.model.vision)]
         if sizes[0] != sizes[1]:
             raise ConfigError(
