@@ -159,7 +159,7 @@ class AxesSection(Section):
     )
     recompute: Literal["none", "selective", "full"] | PositiveInt = Field(
         "none",
-        description="activations computed again in backward: attention's, all layers', or the first N layers' of a stage",
+        description="activations computed again in backward: of attention, all layers, or the first N of a stage",
     )
 
     @field_validator("recompute", mode="before")

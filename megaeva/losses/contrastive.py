@@ -7,12 +7,28 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megaeva.ops.normalize_pack import normalize_pack
-from megaeva.parallel.collectives import all_gather_rows, all_reduce_sum
+from megaeva.parallel.collectives import RowsInFlight, all_gather_rows, all_reduce_sum, start_gather_rows
 
 TILE = 1024  # rows of the global batch in one tile of logits
 
 
-def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
+def start_gather(feature_BE: Tensor, group: ProcessGroup | None) -> RowsInFlight:
+    """Begin to gather one modality's unit rows, fp32, while the other tower still computes; for `clip_loss`.
+
+    All ranks of `group` call it. Nothing is differentiated here: `clip_loss` gets the features themselves as well.
+    """
+    with torch.no_grad():
+        return start_gather_rows(normalize_pack(feature_BE, feature_BE)[: len(feature_BE)].float(), group)
+
+
+def clip_loss(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    log_scale: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    text_in_flight: RowsInFlight | None = None,
+) -> Tensor:
     """The fp32 mean over all pairs of the global batch and both directions (0-dim), identical on every rank.
 
     Inputs need not be normalised; every rank passes the same B. Logits are fp32 whatever the input dtype. Row i of
@@ -24,23 +40,35 @@ def clip_loss(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, *, group: Pr
     Gradient: of `image_BE` and `text_BE` exactly d(global mean)/d(this rank's inputs); of `log_scale` this rank's
     share, so that the sum over the group is the derivative. All ranks of `group` must call it and its backward; without
     a group the batch is this process's alone.
+
+    Args:
+        text_in_flight: of `start_gather(text_BE, group)`; the all-gather then moves images only.
     """
     packed_2BE = normalize_pack(image_BE, text_BE)
-    return _StreamingInfoNCE.apply(packed_2BE, log_scale, group)
+    return _StreamingInfoNCE.apply(packed_2BE, log_scale, group, text_in_flight)
 
 
 class _StreamingInfoNCE(torch.autograd.Function):
     """Loss of packed unit rows [2B, E]: images first, then their texts."""
 
     @staticmethod
-    def forward(ctx: Any, packed_2BE: Tensor, log_scale: Tensor, group: ProcessGroup | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        packed_2BE: Tensor,
+        log_scale: Tensor,
+        group: ProcessGroup | None,
+        text_in_flight: RowsInFlight | None,
+    ) -> Tensor:
         local = packed_2BE.shape[0] // 2
         num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         first = rank * local
         scale = log_scale.float().exp()
         rows = packed_2BE.float()
-        every = all_gather_rows(rows, group).view(num_ranks, 2, local, -1)
-        image_GE, text_GE = every[:, 0].flatten(0, 1), every[:, 1].flatten(0, 1)
+        if text_in_flight is None:
+            every = all_gather_rows(rows, group).view(num_ranks, 2, local, -1)
+            image_GE, text_GE = every[:, 0].flatten(0, 1), every[:, 1].flatten(0, 1)
+        else:
+            image_GE, text_GE = all_gather_rows(rows[:local], group), text_in_flight.wait()
         lse_image_B = _row_logsumexp(rows[:local], text_GE, scale)
         lse_text_B = _row_logsumexp(rows[local:], image_GE, scale)
         paired_B = scale * (rows[:local] * rows[local:]).sum(-1)
@@ -53,7 +81,7 @@ class _StreamingInfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         packed_2BE, image_GE, text_GE, lse_image_G, lse_text_G, scale = ctx.saved_tensors
         local, first = packed_2BE.shape[0] // 2, ctx.first
         rows = packed_2BE.float()
@@ -67,7 +95,7 @@ class _StreamingInfoNCE(torch.autograd.Function):
         )
         factor = grad_loss / (2 * image_GE.shape[0])
         grad_log_scale = factor * (image_share + text_share)
-        return (grad_2BE * (factor * scale)).to(packed_2BE.dtype), grad_log_scale.to(ctx.log_scale_dtype), None
+        return (grad_2BE * (factor * scale)).to(packed_2BE.dtype), grad_log_scale.to(ctx.log_scale_dtype), None, None
 
 
 def _row_logsumexp(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,16 +29,36 @@ def all_sum(values: list[float], runtime: Runtime, group: dist.ProcessGroup | No
     return total.tolist()
 
 
+@dataclass(frozen=True)
+class RowsInFlight:
+    """Rows of all ranks that may still be on their way; not differentiable."""
+
+    _gathered: Tensor
+    _work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The rows in rank order, [ranks * X, D]."""
+        if self._work is not None:
+            self._work.wait()
+        return self._gathered
+
+
+def start_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup | None) -> RowsInFlight:
+    """Begin `all_gather_rows` and return at once; `rows_XD` must stay as it is until `wait`."""
+    if group is None or group.size() == 1:
+        return RowsInFlight(rows_XD, None)
+    gathered = rows_XD.new_empty(group.size() * rows_XD.shape[0], *rows_XD.shape[1:])
+    return RowsInFlight(
+        gathered, dist.all_gather_into_tensor(gathered, rows_XD.contiguous(), group=group, async_op=True)
+    )
+
+
 def all_gather_rows(rows_XD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Rows of all ranks in rank order, [ranks * X, D]; all ranks pass the same shape. Not differentiable.
 
     `group` None: this process alone.
     """
-    if group is None or group.size() == 1:
-        return rows_XD
-    gathered = rows_XD.new_empty(group.size() * rows_XD.shape[0], *rows_XD.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows_XD.contiguous(), group=group)
-    return gathered
+    return start_gather_rows(rows_XD, group).wait()
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

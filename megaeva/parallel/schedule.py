@@ -46,6 +46,7 @@ class Part(Generic[Sample]):
         num_stage_tokens: S of the hidden states between stages, before it is cut over tp.
         embed_dim: width of the output rows.
         first_index: number of the first microbatch, so that towers' data ranks which share samples seed differently.
+        send: called with this rank's rows of a global step as soon as they are known, before the next part runs.
     """
 
     tower: Tower
@@ -54,6 +55,7 @@ class Part(Generic[Sample]):
     num_stage_tokens: int
     embed_dim: int
     first_index: int = 0
+    send: Callable[[Tensor], None] | None = None
 
     @property
     def in_one_pass(self) -> bool:

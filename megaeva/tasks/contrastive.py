@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
@@ -13,11 +14,12 @@ from megaeva.config.schema import AxesSection, Config
 from megaeva.config.topology import sharing_ranks, step_axes
 from megaeva.data.batch import Batch
 from megaeva.eval.harness import evaluate
-from megaeva.losses.contrastive import clip_loss
+from megaeva.losses.contrastive import clip_loss, start_gather
 from megaeva.model.clip_model import build_clip
 from megaeva.model.init import init_weights
 from megaeva.model.recompute import set_recompute
 from megaeva.parallel import watch
+from megaeva.parallel.collectives import RowsInFlight
 from megaeva.parallel.grid import Grid, build_grids
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import Part, global_step
@@ -51,6 +53,8 @@ class Contrastive:
             wrap(name, module, grid, cfg.parallel) for name, (module, grid) in self._modules().items()
         ]
         self.vision, self.text, self.scale = self.towers
+        self._world: ProcessGroup = self.grids["scale"].groups.dp
+        self._text_in_flight: RowsInFlight | None = None
 
     def _modules(self) -> dict[str, tuple[nn.Module, Grid]]:
         return {name: (getattr(self.model, name), self.grids[name]) for name in ("vision", "text", "scale")}
@@ -74,7 +78,12 @@ class Contrastive:
     def loss(self, *features: Tensor) -> Tensor:
         """The mean over the global batch and both directions, of this rank's rows text_BE and image_BE."""
         text_BE, image_BE = features
-        return clip_loss(image_BE, text_BE, self.scale.ddp(), group=self.scale.grid.groups.dp)
+        text_in_flight, self._text_in_flight = self._text_in_flight, None
+        return clip_loss(image_BE, text_BE, self.scale.ddp(), group=self._world, text_in_flight=text_in_flight)
+
+    def _send_text(self, text_BE: Tensor) -> None:
+        """Gather the text features while the vision tower runs."""
+        self._text_in_flight = start_gather(text_BE, self._world)
 
     def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """See `Task.step`."""
@@ -87,6 +96,7 @@ class Contrastive:
             lambda part, hidden, chunk: self.text.ddp(part.token_BL),
             num_stage_tokens=1,  # unused without a pipeline
             embed_dim=self.cfg.model.embed_dim,
+            send=self._send_text,
         )
 
     def _vision_part(self, batch: Batch) -> Part[Batch]:
