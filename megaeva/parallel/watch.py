@@ -1,7 +1,7 @@
 """Which rank a job waits for: every rank notes what it does, and a rank that hangs or dies is named with its notes.
 
 `at` and `place` cost an assignment. While `explaining` runs, a thread of each rank copies these notes to the job's
-store once a second, through a connection of its own, so that it works while the main thread waits in a collective.
+store twice a second, through a connection of its own, so that it works while the main thread waits in a collective.
 torchrun's agent keeps the store: it outlives rank 0.
 
 When a collective fails (it waited longer than `train.timeout_minutes`, or its peer's connection closed), the first rank
@@ -12,8 +12,9 @@ main thread hangs: its watching thread ends it. That takes seconds after the tim
 
 Limits:
 
-- A process stopped as a whole (SIGSTOP, a frozen host) cannot end itself. torchrun kills it 30 s
-  (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) after another rank of its node ended; alone on its node, it stays.
+- A stopped process cannot end itself. The others wake it (SIGCONT) if they are on its host, and its thread ends it;
+  what cannot be woken (a hung driver) torchrun kills 30 s after another rank of that node ended. Alone on its node it
+  stays.
 - gloo only. NCCL's own watchdog thread aborts a process whose collective waits longer than the timeout (SIGABRT), so
   its main thread gets no exception and no alarm is raised; `megaeva train` then names the rank that was aborted, which
   is one that waited. A main thread that waits for the GPU would count as hanging. Nothing here has run on a GPU.
@@ -30,7 +31,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -44,9 +45,10 @@ from megaeva.errors import LOST_PEER, LostRankError, explain, is_lost_peer, is_t
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime
 
-_POLL_SECONDS = 1.0
-_GRACE_SECONDS = 5.0  # for answers to the alarm; threads poll each second, a busy machine is slower
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 5.0  # for answers to the alarm, with room for a busy machine
 _END_SECONDS = 10.0  # for a process to end by itself
+_PRECEDENCE_SECONDS = 1.0  # of the rank that speaks: torchrun stops all as soon as one ends
 _NAMED_IN_FULL = 3
 _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -72,6 +74,7 @@ class Seen:
 _step: int | None = None
 _note: tuple[str, float] = ("starting", time.time())
 _place = ""
+_wake = threading.Event()  # the watching thread, before its next half second
 
 
 def at(text: str, step: int | None = None) -> None:
@@ -88,9 +91,10 @@ def at(text: str, step: int | None = None) -> None:
 
 
 def place(text: str) -> None:
-    """Note which part of the towers this rank holds, see `place_of`."""
+    """Note which part of the towers this rank holds, see `place_of`. It reaches the others at once."""
     global _place
     _place = text
+    _wake.set()
 
 
 def place_of(tower: str, grid: Grid, num_layers: int) -> str:
@@ -199,7 +203,7 @@ class _Post(threading.Thread):
         self._main_id = threading.get_ident()
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._published: Seen | None = None
-        self._wake, self._told, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._told, self._lock = threading.Event(), threading.Lock()
         self._main_ends = False  # the main thread has left the block and ends the process
         self._left: tuple[str, ...] | None = None
         self._error: str | None = None
@@ -213,15 +217,15 @@ class _Post(threading.Thread):
         with self._lock:
             self._main_ends = True
         self._left = tuple(map(_one_line, answer))
-        self._wake.set()
-        self.join(timeout=2 * _POLL_SECONDS)
+        _wake.set()
+        self.join(timeout=2.0)
 
     def verdict(self, error: BaseException) -> LostRankError:
         """What the ranks find out about a failed collective; returns within seconds."""
         with self._lock:
             self._main_ends = True
         self._error = _one_line(str(error))
-        self._wake.set()
+        _wake.set()
         self._told.wait(_GRACE_SECONDS + _END_SECONDS)
         if self._text is None:
             where = os.environ.get("MASTER_ADDR", "rank 0's host")
@@ -231,7 +235,7 @@ class _Post(threading.Thread):
                 speaks=self._runtime.local_rank == 0,
             )
         if not self._speaks:
-            time.sleep(_POLL_SECONDS)  # torchrun stops all as soon as one ends: the speaker first
+            time.sleep(_PRECEDENCE_SECONDS)
         return LostRankError(self._text, speaks=self._speaks)
 
     # ----------------------------------------------------------------------------------------- the watching thread
@@ -246,7 +250,8 @@ class _Post(threading.Thread):
                     return
                 if self._error is not None or self._store.check(["alarm"]):
                     break
-                self._wake.wait(_POLL_SECONDS)
+                _wake.wait(_POLL_SECONDS)
+                _wake.clear()
             self._end()
         except RuntimeError:
             return  # the store is gone, and with it every way to ask; collectives still fail by themselves
@@ -264,34 +269,39 @@ class _Post(threading.Thread):
         self._store.set(f"answer/{self._runtime.rank}", json.dumps(answer))
 
     def _end(self) -> None:
+        """Find out who is to blame, and see to it that this process ends."""
+        self._publish()
         first = self._error is not None and self._store.add("alarm", 1) == 1
         where = None if self._main_ends else _standing(self._main_id)
         self._answer(*((_WAITS, "") if where is None else (_STANDS, where)))
-        if first:
-            self._text, self._speaks = self._judge()
-        else:
-            self._text, self._speaks = self._await_verdict()
+        verdict = self._judge() if first else self._await_verdict()
+        if verdict is not None:
+            self._text, self._speaks = verdict["text"], verdict["speaker"] == self._runtime.rank
+            for host, pid in verdict["silent"]:
+                if host == self._host:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGCONT)  # a stopped process ends itself then; no other minds it
         self._told.set()
         with self._lock:
             if not self._main_ends:
                 if self._text is not None and self._speaks:
                     LostRankError(self._text, speaks=True).tell()
                 else:
-                    time.sleep(_POLL_SECONDS)
+                    time.sleep(_PRECEDENCE_SECONDS)
                 os._exit(LOST_PEER)
         time.sleep(_END_SECONDS)
         if self._left is None:
             os._exit(LOST_PEER)
 
-    def _judge(self) -> tuple[str, bool]:
+    def _judge(self) -> dict[str, Any]:
         """On the rank that raised the alarm: hear the others, and publish the verdict."""
         ranks = range(self._runtime.world_size)
         heard_until = time.monotonic() + _GRACE_SECONDS
         answers: dict[int, Sequence[str]] = {}
         while len(answers) < len(ranks) and time.monotonic() < heard_until:
             time.sleep(0.1)
-            answers |= {rank: self._read(f"answer/{rank}") for rank in ranks if rank not in answers}
-            answers = {rank: answer for rank, answer in answers.items() if answer}
+            new = {rank: self._read(f"answer/{rank}") for rank in ranks if rank not in answers}
+            answers |= {rank: answer for rank, answer in new.items() if answer}
         notes = {rank: self._read(f"seen/{rank}") for rank in ranks}
         seen = {rank: Seen(**note) if note else _UNSEEN for rank, note in notes.items()}
         minutes = self._runtime.timeout.total_seconds() / 60
@@ -299,17 +309,19 @@ class _Post(threading.Thread):
         speaker: int | None = 0 if 0 not in blamed else self._runtime.rank
         if any(answer[0] == _TOLD for answer in answers.values()):
             speaker = None
-        self._store.set("verdict", json.dumps({"text": text, "speaker": speaker}))
-        return text, speaker == self._runtime.rank
+        silent = [(seen[rank].host, seen[rank].pid) for rank in ranks if rank not in answers and notes[rank]]
+        verdict = {"text": text, "speaker": speaker, "silent": silent}
+        self._store.set("verdict", json.dumps(verdict))
+        return verdict
 
-    def _await_verdict(self) -> tuple[str | None, bool]:
+    def _await_verdict(self) -> dict[str, Any] | None:
         """On the others; None where the rank that raised the alarm is gone too."""
         until = time.monotonic() + 2 * _GRACE_SECONDS
         while time.monotonic() < until:
             if verdict := self._read("verdict"):
-                return verdict["text"], verdict["speaker"] == self._runtime.rank
+                return dict(verdict)
             time.sleep(0.1)
-        return None, False
+        return None
 
     def _read(self, key: str) -> Any:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
