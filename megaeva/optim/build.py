@@ -24,8 +24,8 @@ def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimize
     Load weights into the towers before: main parameters are copied from them here. A tower without a trained parameter
     (a frozen logit scale) has no optimizer. mcore's own builder is not used, as it knows neither LAMB nor layer decay.
 
-    With `parallel.distributed_optimizer` each data-parallel rank updates its share of a tower (ZeRO-1) and the towers
-    must be wrapped for it. Parameters in bf16 have an fp32 main copy, held by the optimizer.
+    Where a tower is wrapped for it (`Tower.sharded_optimizer`) each data-parallel rank updates its share (ZeRO-1).
+    Parameters in bf16 have an fp32 main copy, held by the optimizer.
     """
     config = _mcore_config(cfg)
     optimizers: dict[str, MegatronOptimizer] = {}
@@ -57,7 +57,7 @@ def _tower_optimizer(
     inner = _inner_optimizer(param_groups(tower.name, _named_parameters(tower, cfg), cfg.optim), cfg.optim)
     groups: Any = tower.grid.groups
     wrapped: MegatronOptimizer
-    if config.use_distributed_optimizer:
+    if tower.sharded_optimizer:
         wrapped = ShardedAdam(
             inner,
             config,
@@ -81,7 +81,7 @@ def _tower_optimizer(
     wrapped.tp_group = groups.tp
     init_state(inner)
     if isinstance(inner, Lamb):
-        inner.shard_map = _shard_map(wrapped, parameters, tower.grid, sharded=config.use_distributed_optimizer)
+        inner.shard_map = _shard_map(wrapped, parameters, tower.grid, sharded=tower.sharded_optimizer)
     return wrapped
 
 

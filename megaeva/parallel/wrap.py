@@ -42,11 +42,18 @@ class Tower:
         """Whether any parameter wants a gradient."""
         return self.ddp is not self.module
 
+    @property
+    def sharded_optimizer(self) -> bool:
+        """Whether each data-parallel rank updates its share of the parameters (ZeRO-1)."""
+        return self.trained and bool(self.ddp.ddp_config.use_distributed_optimizer)
+
 
 def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) -> Tower:
     """A tower whose gradients are summed over `grid`'s data-parallel ranks. All ranks of the grid call it together.
 
-    Gradients are kept and reduced in fp32; with `parallel.distributed_optimizer` the reduction is a reduce-scatter.
+    Gradients are kept and reduced in fp32; with `parallel.distributed_optimizer` the reduction is a reduce-scatter, and
+    so `Tower.sharded_optimizer`. Not on a single data-parallel rank: there is nothing to share out, and gloo copies the
+    whole gradient and parameter buffers to itself.
     `parallel.overlap_grad_reduce` needs no `no_sync`: in the first step mcore counts how often each gradient is added,
     over all microbatches, and from the second on reduces a bucket when that count is reached.
 
@@ -59,14 +66,15 @@ def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) ->
         return Tower(name, module, module, grid)
     module_config: Any = module.config
     names = [name for name, _ in module.named_parameters()]
+    sharded = parallel.distributed_optimizer and grid.dp_size > 1
     ddp = DistributedDataParallel(
         dataclasses.replace(module_config, calculate_per_token_loss=True),
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=parallel.distributed_optimizer,
+            use_distributed_optimizer=sharded,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             # Without blocks (the scale) there is no forward worth overlapping with; its value is read after the step.
-            overlap_param_gather=parallel.overlap_param_gather and any(map(_in_blocks, names)),
+            overlap_param_gather=sharded and parallel.overlap_param_gather and any(map(_in_blocks, names)),
         ),
         module,
         pg_collection=grid.groups,
