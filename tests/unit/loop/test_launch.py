@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megaeva.config.schema import LaunchSection
+from megaeva.errors import LOST_PEER
 from megaeva.loop.agent import _suspicion
 from megaeva.loop.launch import (
     StageFailedError,
@@ -93,6 +94,40 @@ def test_message_of_the_rank_that_failed_first_is_found(job, tmp_path: Path) -> 
         run_module("job", [], TWO, tmp_path / "a.log", stage="a")
     assert (caught.value.rank, caught.value.exit_code) == (1, 1)
     assert "bad sample 000123" in caught.value.reason
+
+
+LOST = (
+    "lost contact: rank 1 (host n2, pid 71, vision pp rank 1 of 2): {}; last seen in step 17, pass (i) (9 s ago). Mend."
+)
+
+
+@pytest.mark.parametrize("culprit_dies", [True, False])
+def test_what_the_ranks_say_of_a_lost_one_is_told_once(
+    job, tmp_path: Path, capsys: pytest.CaptureFixture[str], culprit_dies: bool
+) -> None:
+    told = LOST.format("its process is gone" if culprit_dies else "no answer for 10 min")
+    job(
+        f"""
+        import os, signal, sys, time
+        if os.environ["RANK"] == "1":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            {"os.kill(os.getpid(), signal.SIGKILL)" if culprit_dies else "time.sleep(60)"}
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(2)
+        print({"error: " + told!r}, file=sys.stderr)
+        sys.exit(3)
+        """
+    )
+    log = tmp_path / "a.log"
+    with pytest.raises(StageFailedError) as caught:
+        run_module("job", [], TWO, log, stage="a")
+    assert (caught.value.rank, caught.value.reason) == (1, told)
+    assert caught.value.exit_code == (-signal.SIGKILL if culprit_dies else LOST_PEER)
+    assert f"error: {told}" in log.read_text()
+    assert told not in capsys.readouterr().out, "the error that follows quotes it"
+    first_line = str(caught.value).splitlines()[0]
+    assert first_line.endswith(told)
+    assert ("rank 1 was killed by SIGKILL" in first_line) == culprit_dies
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
