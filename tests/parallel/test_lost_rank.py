@@ -63,6 +63,12 @@ def fail() -> None:
     raise ValueError("no such sample\nin this shard")
 
 
+def refuse() -> None:
+    from megaeva.errors import DataError
+
+    raise DataError("no shards; there must be some; write them")
+
+
 ENDS: dict[str, Callable[[], None]] = {f.__name__: f for f in (hang, stop, die, fail)}
 # (how the culprit ends, what the others wait in, the culprit)
 CASES = [
@@ -70,6 +76,7 @@ CASES = [
     ("stop", "all_reduce", 0),
     ("die", "all_reduce", 0),
     ("none", "mismatch", -1),
+    ("refuse", "all_reduce", 0),
 ]
 
 
@@ -92,7 +99,7 @@ def wait_for_culprit(end: str, how: str, culprit: int, went_wrong: Path) -> int:
         if this.rank in (culprit, culprit + 1):
             went_wrong.touch()
         if this.rank == culprit:
-            ENDS[end]()
+            (ENDS | {"refuse": refuse})[end]()
         if how == "all_reduce":
             dist.all_reduce(torch.ones(4), group=group)
         elif how == "mismatch":
@@ -183,9 +190,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     }
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case[0] != "none"], ids=lambda case: "-".join(map(str, case))
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ENDS], ids=lambda case: "-".join(map(str, case)))
 def test_the_right_rank_is_named_once(jobs: Jobs, case: tuple[str, str, int]) -> None:
     (end, _, culprit), job = case, jobs[case]
     others = [rank for rank in range(RANKS) if rank != culprit]
@@ -208,7 +213,7 @@ def test_the_right_rank_is_named_once(jobs: Jobs, case: tuple[str, str, int]) ->
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_process_ends(jobs: Jobs, case: tuple[str, str, int]) -> None:
     (end, _, culprit), job = case, jobs[case]
-    own = {"hang": 3, "stop": 3, "die": -signal.SIGKILL, "fail": 1, "none": 3}[end]
+    own = {"hang": 3, "stop": 3, "die": -signal.SIGKILL, "fail": 1, "none": 3, "refuse": 2}[end]
     assert job.status == {rank: own if rank == culprit else 3 for rank in range(RANKS)}
     waited = TIMEOUT_SECONDS if end in ("hang", "stop", "none") else 0
     asked = 5 if end in ("stop", "die") else 1  # where a rank is silent, the others wait for its answer
@@ -222,6 +227,11 @@ def test_ranks_that_wait_for_each_other_are_not_blamed(jobs: Jobs) -> None:
     assert (
         "every rank answers: " + "; ".join(f"rank {r} in step 17, the place of rank {r}" for r in (0, 1, 2)) in lines[0]
     )
+
+
+def test_a_mistake_that_rank_0_explains_is_not_told_again(jobs: Jobs) -> None:
+    job = jobs["refuse", "all_reduce", 0]
+    assert job.output == {0: "error: no shards; there must be some; write them\n", 1: "", 2: ""}
 
 
 # ------------------------------------------------------------------------------------------ training under torchrun

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megaeva.config.schema import AxesSection
+from megaeva.errors import is_lost_peer, is_timeout
 from megaeva.parallel import watch
 from megaeva.parallel.grid import build_grid
 from megaeva.parallel.watch import Seen, judge, place_of
@@ -24,6 +25,30 @@ def notes(rank: int, position: str = "step 17, pass (i)", ago: float = 720) -> S
 
 
 SEEN = {rank: notes(rank) for rank in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("text", "timeout"),
+    [
+        (TIMED_OUT, True),
+        ("[unbound_buffer.cc:129] Timed out waiting 8000ms for send operation to complete", True),
+        ("wait timeout after 8000ms, keys: /default_pg/0//3//cpu//0/1", True),
+        (CLOSED, False),
+        ("Read error [127.0.0.1]:20: Connection reset by peer", False),
+        ("writev [10.0.0.2]:9: Broken pipe", False),
+        ("Gloo connectFullMesh failed with [pair.cc:144] no error", False),
+    ],
+)
+def test_words_of_a_lost_peer(text: str, timeout: bool) -> None:
+    """As torch 2.14 says it with gloo."""
+    assert is_lost_peer(RuntimeError(text))
+    assert is_timeout(text) == timeout
+    assert not is_lost_peer(ValueError(text))
+
+
+def test_other_errors_are_not_a_lost_peer() -> None:
+    assert not is_lost_peer(RuntimeError("DataLoader timed out after 30 seconds"))
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_silent_rank_after_a_timeout() -> None:
