@@ -231,10 +231,8 @@ def loop(
         return
     from megaeva.config import load_loop
 
-    if not all(part.strip().isdigit() for part in seeds.split(",")):
-        raise ConfigError(f"--seeds {seeds} must be whole numbers with commas between them; e.g. --seeds 0,1,2.")
-    run_dir = Path(load_loop(recipe, overrides or ()).run_dir)
-    _run_seeds(recipe, overrides or [], run_dir, [int(part) for part in seeds.split(",")])
+    numbers = seed_numbers(seeds)
+    _run_seeds(recipe, overrides or [], Path(load_loop(recipe, overrides or ()).run_dir), numbers)
 
 
 @app.command("eval")
@@ -305,6 +303,23 @@ def bench_normalize_pack(
         typer.echo(line)
 
 
+@bench_app.command("layouts")
+@explained
+def bench_layouts(
+    recipe: Annotated[Path, typer.Option(help="A contrastive recipe.")] = Path("recipes/demo_teacher.yaml"),
+    samples: Annotated[int | None, typer.Option(min=1, help="Length of a run.", show_default="the recipe's")] = None,
+    seeds: Annotated[str, typer.Option(help="Of the 1-rank runs, whose spread is the measure.")] = "0,1,2",
+    run_dir: Annotated[Path, typer.Option(help="Where the runs and layouts.json go.")] = Path("runs/bench_layouts"),
+) -> None:
+    """Train a recipe on 1 rank and in every layout of 2, and compare the recall.
+
+    The same command again continues where it stopped. Exit code 1 if a layout fails or lies outside the seeds' noise.
+    """
+    from megaeva.bench.command import run_layouts
+
+    raise typer.Exit(0 if run_layouts(recipe, samples, seed_numbers(seeds), run_dir) else 1)
+
+
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -344,6 +359,17 @@ def eval_layout(cfg: "Config", processes: int, overrides: list[str]) -> list[str
     )
     whole = ("vision.tp=1", "vision.pp=1", "vision.vpp=1", "vision.layers_per_stage=null", "text.tp=1")
     return [f"parallel.{key}" for key in whole]
+
+
+def seed_numbers(seeds: str) -> list[int]:
+    """The numbers of `0,1,2`.
+
+    Raises:
+        ConfigError: something else is written there.
+    """
+    if not all(part.strip().isdigit() for part in seeds.split(",")):
+        raise ConfigError(f"--seeds {seeds} must be whole numbers with commas between them; e.g. --seeds 0,1,2.")
+    return [int(part) for part in seeds.split(",")]
 
 
 def refuse_old_run(run_dir: Path) -> None:

@@ -1,7 +1,8 @@
-"""`megaeva bench step`: checks its options before torch is loaded, and prints what was measured with its command."""
+"""`megaeva bench step` and `layouts`: check their options before torch is loaded, and print what was measured."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from megaeva.config.schema import ModelSection
@@ -41,6 +42,27 @@ def run_step(
     yield command
     times = benchmark_step(model, batch_size=batch, precision=precision, peer=peer, part=part, num_rounds=rounds)
     yield from times.report(command)
+
+
+def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: Path) -> bool:
+    """Makes what is left of the runs, prints table, rows for benchmarks/log.md and verdict, writes layouts.json.
+
+    Returns whether every layout trains to within the seeds' noise.
+
+    Raises:
+        UserError: a mistake in the options or recipe, or a run that nothing can be said without.
+    """
+    from rich.console import Console
+
+    from megaeva.bench.layout_table import compare, print_comparison, write_json
+    from megaeva.bench.layouts import plan_runs, train_all
+
+    console = Console(highlight=False)
+    runs = plan_runs(recipe, samples, seeds, run_dir)
+    comparison = compare(runs, train_all(runs, run_dir, console))
+    write_json(comparison, recipe, run_dir / "layouts.json")
+    print_comparison(comparison, console)
+    return not any(layout.fault for layout in comparison.layouts)
 
 
 def find_model(variant: str) -> ModelSection:
