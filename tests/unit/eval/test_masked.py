@@ -28,7 +28,7 @@ class FakeStudent(nn.Module):
         super().__init__()
         self.cosine = cosine
 
-    def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
+    def predict(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
         assert not self.training
         target_ME = FakeTeacher()(image_BCHW)[mask_BN]
         aside_ME = torch.linalg.cross(target_ME, torch.ones(3).expand_as(target_ME))
