@@ -1,0 +1,54 @@
+"""All layouts of a number of ranks run in one start of processes: it costs more than they do."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+
+from tests.helpers.layouts import LAYOUTS, Layout
+from tests.helpers.parallel_runs import TASKS, VARIANTS, Case
+from tests.helpers.run_differences import Difference, compare, run_references
+from tests.helpers.spawn import run_ranks
+
+Kind = Literal["step", "training", "bf16"]
+Compared = list[tuple[Case, Difference]]
+Results = Callable[[Kind, Layout, str], Compared]
+
+# One layout of each kind steps with every model here, the others with two each, in turn; `make parity` runs them all.
+_EVERY_MODEL = ("accumulate4", "tp2", "tp2_sp", "pp2_vpp2_accumulate4", "dp2", "tp2_sp_pp2_accumulate4")
+_TRAINING_STEPS = 3
+
+
+def _cases(kind: Kind, layout: Layout, task: str) -> list[Case]:
+    place = LAYOUTS.index(layout)
+    mine, next_one = (VARIANTS[(place + more) % len(VARIANTS)] for more in (0, 1))
+    if kind == "training":
+        return [Case(layout, task, mine, _TRAINING_STEPS)]
+    # Gradients are compared, which no rank has whole under the distributed optimizer.
+    layout = replace(layout, distributed_optimizer=False, overlap=False)
+    if kind == "bf16":
+        return [Case(layout, task, mine, precision="bf16")]
+    return [Case(layout, task, variant) for variant in (VARIANTS if layout.name in _EVERY_MODEL else (mine, next_one))]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """(kind, layout, task) -> its cases, each with its difference from the single process."""
+    kinds: tuple[Kind, ...] = ("step", "training", "bf16")
+    cases = [case for layout in LAYOUTS for task in TASKS for kind in kinds for case in _cases(kind, layout, task)]
+    file = tmp_path_factory.mktemp("parity") / "references.pt"
+    found: dict[Case, Difference] = {}
+
+    def of(kind: Kind, layout: Layout, task: str) -> Compared:
+        wanted = _cases(kind, layout, task)
+        if wanted[0] not in found:
+            if not file.exists():
+                run_ranks(run_references, 1, cases, file, timeout=300)
+            together = [case for case in cases if case.layout.num_ranks == layout.num_ranks]
+            found.update(
+                zip(together, run_ranks(compare, layout.num_ranks, together, file, timeout=600)[0], strict=True)
+            )
+        return [(case, found[case]) for case in wanted]
+
+    return of
