@@ -23,6 +23,7 @@ Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 class ShardedAdam(DistributedOptimizer):
     """mcore's ZeRO-1 optimizer around a torch optimizer with Adam's state."""
 
+    @torch.no_grad()
     def get_parameter_state_dp_zero(
         self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
     ) -> dict[Any, Any]:

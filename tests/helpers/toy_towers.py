@@ -134,6 +134,18 @@ class ToyScale(MegatronModule):
         return self.log_scale.exp()
 
 
+_grids: dict[Any, Grid] = {}
+
+
+def grid_of(axes: AxesSection, runtime: Runtime) -> Grid:
+    """As `build_grid`, with the groups that an earlier call made for the same sizes: gloo starts two threads for each
+    group, and with hundreds of towers in a process there would be thousands. All ranks must call it alike."""
+    key = dist.group.WORLD, axes.tp, axes.pp
+    if key not in _grids:
+        _grids[key] = build_grid(axes, runtime)
+    return dataclasses.replace(_grids[key], axes=axes)
+
+
 def build_towers(
     runtime: Runtime,
     cfg: Config,
@@ -145,7 +157,7 @@ def build_towers(
 ) -> list[Tower]:
     """Towers vision, text and scale, each on its own grid, with the same whole weights on any topology."""
     axes = axes or {}
-    grids = {name: build_grid(axes.get(name, AxesSection()), runtime) for name in ("vision", "text", "scale")}
+    grids = {name: grid_of(axes.get(name, AxesSection()), runtime) for name in ("vision", "text", "scale")}
     assert cfg.model.text is not None
     modules: dict[str, Any] = {
         "vision": ToyTower(grids["vision"], width, cfg.model.vision.num_layers, cfg.train.precision),

@@ -1,32 +1,62 @@
-"""A checkpoint of any topology continues on any other, and on its own to the last bit."""
+"""A checkpoint of any grids is read exactly by any others, and continues on its own to the last bit."""
 
+from math import lcm
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaeva.checkpoint import torch_dist
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.checkpoint.weights import load_weights
+from megaeva.config.schema import AxesSection
 from megaeva.errors import CheckpointError
 from megaeva.optim.build import build_optimizer
+from megaeva.optim.tower_optimizer import STATE_KEYS, main_state
 from megaeva.parallel.runtime import Runtime
-from megaeva.parallel.shards import gather_full
 from tests.helpers.spawn import run_ranks
-from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
+from tests.helpers.toy_towers import (
+    Axes,
+    build_towers,
+    compute_gradients,
+    grid_of,
+    make_config,
+    whole_tensors,
+    whole_weights,
+)
 
-TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2)]
+NUM_LAYERS = 5
+TP2, PP2, VPP2 = AxesSection(tp=2), AxesSection(pp=2), AxesSection(pp=2, vpp=2, layers_per_stage=(1, 2, 1, 1))
+# {ranks: {name: towers' grids}}
+TOPOLOGIES: dict[int, dict[str, Axes]] = {
+    1: {"one": {}},
+    2: {
+        "vision tp2, text tp1": {"vision": TP2},
+        "pp2": {"vision": PP2},
+        "pp2 vpp2, text tp2": {"vision": VPP2, "text": TP2},
+    },
+    4: {
+        "tp2 pp2, text tp2": {"vision": AxesSection(tp=2, pp=2), "text": TP2},
+        "vision tp2, text tp4": {"vision": TP2, "text": AxesSection(tp=4)},
+    },
+}
+# Whoever reads a checkpoint on other grids does so with the other kind of optimizer.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32 sharded": {"name": "lamb", "precision": "fp32", "distributed_optimizer": True},
+    "bf16 plain": {"name": "adamw", "precision": "bf16", "distributed_optimizer": False},
+}
 
 
 class Run:
-    """Toy towers on one topology and their optimizer."""
+    """Toy towers on some grids and their optimizer."""
 
-    def __init__(self, runtime: Runtime, tp: int, seed: int = 0) -> None:
-        self.cfg = make_config(name="lamb", clip_grad_norm=2.0)
-        self.towers = build_towers(runtime, self.cfg, tp, seed=seed)
+    def __init__(self, runtime: Runtime, axes: Axes, seed: int = 0, **optim: Any) -> None:
+        self.cfg = make_config(num_layers=NUM_LAYERS, clip_grad_norm=2.0, **optim)
+        self.towers = build_towers(runtime, self.cfg, axes, seed=seed)
         self.optimizer, self.rate = build_optimizer(self.towers, self.cfg)
-        self.data_rank = self.towers[0].grid.dp_rank
+        self.data_grid = grid_of(AxesSection(tp=lcm(*(a.tp * a.pp for a in axes.values()))), runtime)
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
@@ -36,61 +66,96 @@ class Run:
 
     def save(self, folder: Path, step: int) -> Path:
         return CheckpointStore(folder, 2).save(
-            step, self.towers, self.optimizer, config=self.cfg, loader_state={"rank": self.data_rank}, extra={}
+            step,
+            self.towers,
+            self.optimizer,
+            config=self.cfg,
+            loader_state={"block": self.data_grid.dp_rank},
+            extra={"blocks": self.data_grid.dp_size},
+            data_grid=self.data_grid,
         )
 
-    def load(self, path: Path) -> Any:
+    def load(self, path: Path) -> None:
         store = CheckpointStore(path.parents[1], 2)
-        return store.load(path, self.towers, self.optimizer, config=self.cfg, data_rank=self.data_rank)
+        state = store.load(path, self.towers, self.optimizer, config=self.cfg, data_grid=self.data_grid)
+        assert state.step == self.optimizer.num_steps == 2
+        same_blocks = state.extra["blocks"] == self.data_grid.dp_size
+        assert state.loader_state == ({"block": self.data_grid.dp_rank} if same_blocks else None)
 
     def whole(self) -> dict[str, Tensor]:
-        return {
-            f"{tower.name}.{name}": gather_full(parameter, parameter, tower.grid).clone()
-            for tower in self.towers
-            for name, parameter in tower.module.named_parameters()
-        }
+        """Weights, main weights and moments, put together without the code that saves them."""
+        whole = {f"weight {name}": tensor for name, tensor in whole_weights(self.towers).items()}
+        for tower in self.towers:
+            optimizer = self.optimizer.optimizers[tower.name]
+            for key in STATE_KEYS:
+                tensors = {}
+                for name, parameter in tower.module.named_parameters():
+                    if tower.sharded_optimizer:
+                        tensors[name] = torch.zeros(parameter.shape)
+                        if parameter in optimizer.model_param_group_index_map:
+                            here = optimizer._get_model_param_range_map(parameter)["param"]
+                            own = main_state(optimizer, parameter)[key]
+                            tensors[name].view(-1)[here.start : here.end] = own.detach()
+                        dist.all_reduce(tensors[name], group=tower.grid.groups.dp)
+                    else:
+                        tensors[name] = main_state(optimizer, parameter)[key]
+                whole |= {f"{key} {name}": t for name, t in whole_tensors(tower, tensors).items()}
+        return whole
 
 
-def save_and_continue(runtime: Runtime, tp: int, folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Weights at step 2, where it saves, and at step 4; and at step 4 of a run resumed from the save."""
-    run = Run(runtime, tp)
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    assert got.keys() == expected.keys(), (what, got.keys() ^ expected.keys())
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), f"{what}: {name} is not equal bit for bit"
+
+
+def save_and_resume(runtime: Runtime, axes: Axes, folder: Path, **optim: Any) -> None:
+    """Saves at step 2, beside a file of the whole tensors, and continues from there as if it had never stopped."""
+    run = Run(runtime, axes, **optim)
     run.train(0, 2)
     at_save = run.whole()
     path = run.save(folder, 2)
+    if runtime.is_main:
+        torch.save(at_save, folder / "whole.pt")
     run.train(2, 4)
-    resumed = Run(runtime, tp, seed=1)
-    state = resumed.load(path)
-    assert (state.step, state.loader_state) == (2, {"rank": run.data_rank})
+    resumed = Run(runtime, axes, seed=1, **optim)
+    resumed.load(path)
+    assert_equal(resumed.whole(), at_save, f"{folder.name}, resumed")
     resumed.train(2, 4)
-    return {"at save": at_save, "end": run.whole(), "resumed": resumed.whole()}
+    assert_equal(resumed.whole(), run.whole(), f"{folder.name}, continued")
 
 
-def load_others(runtime: Runtime, tp: int, folders: list[Path]) -> list[dict[str, dict[str, Tensor]]]:
-    """For each checkpoint: weights as loaded, as loaded by `load_weights`, and after two steps more."""
-    results = []
-    for folder in folders:
-        run = Run(runtime, tp, seed=2)
-        loaded = run.load(folder / "checkpoints" / "step_00000002")
-        as_loaded = run.whole()
-        same_split = folder.name.endswith(f"dp{run.towers[0].grid.dp_size}")
-        assert loaded.loader_state == ({"rank": run.data_rank} if same_split else None)
-        run.train(2, 4)
-        end = run.whole()
-        fresh = Run(runtime, tp, seed=3)
-        load_weights(folder, {tower.name: tower.module for tower in fresh.towers}, fresh.towers[0].grid)
-        results.append({"as loaded": as_loaded, "weights": fresh.whole(), "end": end})
-    return results
+def load_from_others(runtime: Runtime, axes: Axes, folder: Path, **optim: Any) -> None:
+    """Reads a checkpoint of other grids with the other kind of optimizer, and its weights alone."""
+    expected = torch.load(folder / "whole.pt")
+    other_kind = optim | {"distributed_optimizer": not optim["distributed_optimizer"]}
+    run = Run(runtime, axes, seed=2, **other_kind)
+    run.load(folder / "checkpoints" / "step_00000002")
+    assert_equal(run.whole(), expected, f"{folder.name} on {axes}")
+    fresh = Run(runtime, axes, seed=3, **other_kind)
+    report = load_weights(folder, {tower.name: (tower.module, tower.grid) for tower in fresh.towers})
+    weights = {name: tensor for name, tensor in expected.items() if name.startswith("weight ")}
+    assert_equal({f"weight {n}": t for n, t in whole_weights(fresh.towers).items()}, weights, folder.name)
+    # Every rank reports the whole towers, not its stage.
+    assert [f"weight {key}" for key in report.loaded] == sorted(weights)
+    assert report.fresh == report.unused == ()
 
 
-def save_and_load_others(
-    runtime: Runtime, tp: int, folder: Path, others: list[Path]
-) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, dict[str, Tensor]]]]:
-    return save_and_continue(runtime, tp, folder), load_others(runtime, tp, others)
+def save_and_load(runtime: Runtime, folder: Path, saving: dict[str, Axes], loading: dict[str, Axes]) -> None:
+    """Saves on each of `saving`; then each of `loading` reads every checkpoint that there is of other grids."""
+    for variant, optim in VARIANTS.items():
+        for name, axes in saving.items():
+            save_and_resume(runtime, axes, folder / variant / name, **optim)
+        dist.barrier()
+        for name, axes in loading.items():
+            for other in sorted((folder / variant).iterdir()):
+                if other.name != name:
+                    load_from_others(runtime, axes, other, **optim)
 
 
 def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
     """A disk that is full for the last rank only: what every rank is told, and that a later save works."""
-    run = Run(runtime, 1)
+    run = Run(runtime, {})
     good = run.save(folder, 1)
     texts = []
     original = torch_dist.plan_write, torch_dist.dcp.FileSystemWriter.write_data
@@ -116,22 +181,39 @@ def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
     return texts
 
 
+def load_what_does_not_fit(runtime: Runtime, folder: Path) -> list[str]:
+    """Messages of this rank for a model with a layer more than the checkpoint, and for one with a layer less."""
+    run = Run(runtime, {"vision": PP2})
+    run.save(folder, 1)
+    texts = []
+    for num_layers in (NUM_LAYERS + 1, NUM_LAYERS - 1):
+        vision = build_towers(runtime, make_config(num_layers=num_layers), {"vision": PP2}, seed=1)[0]
+        before = whole_weights([vision])
+        try:
+            load_weights(folder, {"vision": (vision.module, vision.grid)})
+        except CheckpointError as error:
+            texts.append(str(error))
+        assert_equal(whole_weights([vision]), before, "refused")
+        # A skipped layer stays as it was, on whichever stage it is.
+        report = load_weights(folder, {"vision": (vision.module, vision.grid)}, skip=("vision.blocks.layers.[45]",))
+        assert len(report.fresh) == (8 if num_layers > NUM_LAYERS else 0)
+    return texts
+
+
 def test_resume_and_reshard(tmp_path: Path) -> None:
-    folders = [tmp_path / f"tp{tp}_dp{ranks // tp}" for ranks, tp in TOPOLOGIES]
-    saved: list[dict[str, dict[str, Tensor]]] = []
-    # Each topology reads those before it; one process reads all in the end.
-    for (ranks, tp), folder in zip([*TOPOLOGIES, (1, 1)], [*folders, tmp_path / "last_dp1"], strict=True):
-        own, others = run_ranks(save_and_load_others, ranks, tp, folder, folders[: len(saved)])[0]
-        for name, tensor in own["end"].items():
-            assert torch.equal(own["resumed"][name], tensor), f"{name}: not bit for bit"
-        for origin, source, result in zip(folders, saved, others, strict=False):
-            for name, tensor in source["at save"].items():
-                assert torch.equal(result["as loaded"][name], tensor), (origin.name, ranks, tp, name)
-                assert torch.equal(result["weights"][name], tensor), (origin.name, ranks, tp, name)
-                error = (result["end"][name] - source["end"][name]).norm() / source["end"][name].norm()
-                assert error < 1e-5, (origin.name, ranks, tp, name, error.item())
-        assert len(others) == len(saved)
-        saved.append(own)
+    # Each reads what is there by then, and one process everything in the end.
+    for ranks, topologies in TOPOLOGIES.items():
+        run_ranks(save_and_load, ranks, tmp_path, topologies, topologies)
+    run_ranks(save_and_load, 1, tmp_path, {}, TOPOLOGIES[1])
+    assert len(list(tmp_path.glob("*/*/whole.pt"))) == 12
+
+
+def test_weights_that_do_not_fit_are_judged_over_all_stages(tmp_path: Path) -> None:
+    first, second = run_ranks(load_what_does_not_fit, 2, tmp_path)
+    assert first == second, "all ranks raise the same"
+    more, fewer = first
+    assert "4 tensors differ" in more and "vision.blocks.layers.5.mlp.linear_fc1.weight: not in the checkpoint" in more
+    assert "4 tensors differ" in fewer and "vision.blocks.layers.4.mlp.linear_fc2.bias: not in the model" in fewer
 
 
 def test_a_failure_of_one_rank_is_told_to_all(tmp_path: Path) -> None:
