@@ -106,9 +106,10 @@ def plan_runs(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: 
             cfg = load(recipe, overrides)
             check_world(cfg, layout.num_processes)
             same_samples = layout.num_processes == sharing_ranks(cfg)
-            if seed == seeds[0] or not same_samples or layout == ONE_RANK:
-                stage = Stage(name, "control", cfg, changes=tuple(diff_from_base(recipe, overrides)))
-                runs.append(Run(layout, seed, same_samples, stage))
+            stage = Stage(name, "control", cfg, changes=tuple(diff_from_base(recipe, overrides)))
+            runs.append(Run(layout, seed, same_samples, stage))
+            if same_samples and layout != ONE_RANK:
+                break
     return runs
 
 
