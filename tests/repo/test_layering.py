@@ -33,6 +33,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
     ("config", "errors"): "a recipe's mistakes are user errors",
     ("cli", "loop"): "`megaeva loop` and `megaeva demo` run it",
     ("cli", "bench"): "`megaeva bench` runs it",
+    ("bench", "loop"): "`megaeva bench layouts` launches runs as the loop does",
     ("tasks", "eval"): "the contrastive task evaluates its own model",
 }
 
