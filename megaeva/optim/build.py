@@ -1,6 +1,6 @@
 """From a recipe's `optim` section and the towers to one optimizer and its learning rates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,10 @@ def _mcore_config(cfg: Config) -> OptimizerConfig:
 def _tower_optimizer(
     tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, cfg: Config
 ) -> MegatronOptimizer:
-    inner = _inner_optimizer(param_groups(tower.name, _named_parameters(tower, cfg), cfg.optim), cfg.optim)
+    named_parameters = tower.module.named_parameters()
+    inner = _inner_optimizer(
+        param_groups(tower.name, named_parameters, cfg.optim, num_blocks=_num_blocks(tower, cfg)), cfg.optim
+    )
     groups: Any = tower.grid.groups
     wrapped: MegatronOptimizer
     if tower.sharded_optimizer:
@@ -85,13 +88,12 @@ def _tower_optimizer(
     return wrapped
 
 
-def _named_parameters(tower: Tower, cfg: Config) -> Iterator[tuple[str, Tensor]]:
-    """A stage's parameters, and a frozen one in the last layer of the whole tower: layer decay counts from there."""
-    yield from tower.module.named_parameters()
+def _num_blocks(tower: Tower, cfg: Config) -> int:
+    """Of the whole tower: a pipeline stage does not see how deep it is."""
+    if tower.name == "scale":
+        return 0
     section = cfg.model.text if tower.name == "text" else cfg.model.vision
-    if tower.name != "scale":
-        assert section is not None
-        yield f"blocks.layers.{section.num_layers - 1}.mlp.linear_fc1.bias", torch.empty(0)
+    return section.num_layers
 
 
 def _inner_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch.optim.AdamW:

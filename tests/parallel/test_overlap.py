@@ -29,13 +29,13 @@ OVERLAPS = {
     "parameters": {"overlap_param_gather": True},
     "both": dict.fromkeys(SWITCHES, True),
 }
-TP2 = AxesSection(tp=2)
+TP2, SP2 = AxesSection(tp=2), AxesSection(tp=2, sequence_parallel=True)
 # Vision and text sum over two data ranks, so that it does not show in which order.
 TOPOLOGIES: dict[int, dict[str, Axes]] = {
     2: {"dp2": {}, "pp2": {"vision": AxesSection(pp=2)}},
     4: {
         "tp2 dp2": {"vision": TP2, "text": TP2},
-        "pp2 vpp2 dp2": {"vision": AxesSection(pp=2, vpp=2, layers_per_stage=(1, 1, 2, 1)), "text": TP2},
+        "pp2 vpp2 dp2, text sp2": {"vision": AxesSection(pp=2, vpp=2, layers_per_stage=(1, 1, 2, 1)), "text": SP2},
     },
 }
 Config_ = wrap.DistributedDataParallelConfig
@@ -150,8 +150,9 @@ def train_real(runtime: Runtime, variants: list[str]) -> list[str]:
     for variant in variants:
         results = []
         for switches in (OVERLAPS["none"], OVERLAPS["both"]):
-            cfg = make_config(num_layers=3, clip_grad_norm=None, **switches)
-            parts = real_towers(runtime, cfg, tiny(variant))
+            section = tiny(variant)
+            cfg = make_config(clip_grad_norm=None, **switches).model_copy(update={"model": section})
+            parts = real_towers(runtime, cfg, section)
             towers = [tower for tower, _ in parts.values()]
             optimizer, rate = build_optimizer(towers, cfg)
             for step in range(3):
