@@ -238,6 +238,8 @@ def test_a_mistake_that_rank_0_explains_is_not_told_again(jobs: Jobs) -> None:
 
 TOWER = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 32}
 MEGAEVA_TRAIN = ["-c", "from megaeva.cli import main; main()", "train"]
+# The timeout, the others' search, and what torchrun gives a process to end; some 17 s where the machine is not busy.
+LONGEST_SECONDS = 9 + 5 + 30
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megaeva.train"]
 
 
@@ -299,7 +301,7 @@ def train_until(signum: signal.Signals, command: list[str], recipe: Path) -> tup
 def test_training(recipe: Path, signum: signal.Signals) -> None:
     status, output, seconds = train_until(signum, MEGAEVA_TRAIN, recipe)
     assert status == 1, output
-    assert seconds < 9 + 5 + 3 + SLACK_SECONDS
+    assert seconds < LONGEST_SECONDS
     assert "Traceback" not in output
     assert "Error" not in output
     assert output.count("lost contact") == 1, output
@@ -315,7 +317,7 @@ def test_training(recipe: Path, signum: signal.Signals) -> None:
 def test_training_under_torchrun_itself(recipe: Path, signum: signal.Signals) -> None:
     status, output, seconds = train_until(signum, TORCHRUN, recipe)
     assert status == 1, output
-    assert seconds < 9 + 5 + 3 + SLACK_SECONDS
+    assert seconds < LONGEST_SECONDS
     assert output.count("lost contact") == 1, output
     (told,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert re.match(r"error: lost contact: rank 1 \(host .*, vision pp rank 1 of 2 \(layers 1-1\)\): ", told)
