@@ -96,8 +96,12 @@ def global_step(task: GlobalLoss, parts: Sequence[Part[Any]], towers: Sequence[T
     batches, activations of one microbatch (of the pipeline's depth).
     """
     zero_gradients(towers)
-    features = [_forward_once(part, seed_pass) if part.in_one_pass else _first_pass(part, seed_pass) for part in parts]
-    own = [_own_rows(feature, part.tower.grid) for part, feature in zip(parts, features, strict=True)]
+    features, own = [], []
+    for part in parts:
+        features.append(_forward_once(part, seed_pass) if part.in_one_pass else _first_pass(part, seed_pass))
+        own.append(_own_rows(features[-1], part.tower.grid))
+        if part.send is not None:
+            part.send(own[-1])
     watch.at("the loss of the global batch")
     loss, own_gradients = _loss_and_feature_gradients(task, own)
     gradients = [
