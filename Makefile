@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format bench bench-step bench-demo cuda-check clean
+.PHONY: help demo test test-fast parity lint format bench bench-step bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,7 @@ help:
 	@echo "make demo        data, teacher, student, evaluation and a report, in runs/demo"
 	@echo "make test        every test that needs no GPU"
 	@echo "make test-fast   unit and kernel tests, without the slow ones"
+	@echo "make parity      20 steps of every layout, model and task beside a single process, as a table (a quarter hour)"
 	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
 	@echo "make bench       the native operators beside plain PyTorch"
 	@echo "make bench-step  a training step beside plain PyTorch, and beside uncut captions (ten minutes)"
@@ -41,6 +42,9 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(PYTEST) -m "not gpu and not slow" tests/unit tests/kernels
+
+parity: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.run_parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -21,7 +21,9 @@ class Layout:
         second: of the text tower, or the teacher.
         microbatches: passes of one vision data rank in a step.
         drop_path: 0 where the passes are compared with fewer, larger ones.
-        seed_blocks: a single process that stands for this many data blocks seeds its passes as they would.
+        distributed_optimizer, overlap: of gradients and of parameters; as in the recipe.
+        plain_blocks: a single process that stands for this many data blocks and seeds its passes as they would; it
+            computes the step by definition, without schedules (`parallel_runs.plain_step`). None: the product's step.
     """
 
     name: str
@@ -32,12 +34,12 @@ class Layout:
     distributed_optimizer: bool = False
     overlap: bool = False
     drop_path: float = 0.1
-    seed_blocks: int | None = None
+    plain_blocks: int | None = None
 
     @property
     def num_blocks(self) -> int:
         """Data blocks: each reads samples of its own."""
-        return self.seed_blocks or self.num_ranks // lcm(self.vision.tp * self.vision.pp, self.second.tp)
+        return self.plain_blocks or self.num_ranks // lcm(self.vision.tp * self.vision.pp, self.second.tp)
 
     @property
     def num_passes(self) -> int:
@@ -48,9 +50,9 @@ class Layout:
     def reference(self) -> "Layout":
         """The single process to compare with: the same passes, or one pass where nothing is random."""
         if self.drop_path == 0.0:
-            return Layout("one batch", drop_path=0.0)
+            return Layout("one batch", drop_path=0.0, plain_blocks=1)
         name = f"{self.num_blocks} x {self.num_passes // self.num_blocks} passes"
-        return Layout(name, microbatches=self.num_passes, seed_blocks=self.num_blocks)
+        return Layout(name, microbatches=self.num_passes, plain_blocks=self.num_blocks)
 
 
 def _axes(tp: int = 1, pp: int = 1, vpp: int = 1, **other: object) -> AxesSection:
@@ -59,7 +61,9 @@ def _axes(tp: int = 1, pp: int = 1, vpp: int = 1, **other: object) -> AxesSectio
 
 _TP2, _SP2 = _axes(2), _axes(2, sequence_parallel=True)
 LAYOUTS = (
-    Layout("accumulate4", drop_path=0.0, microbatches=4),
+    Layout("one_rank"),
+    Layout("accumulate4", microbatches=4),
+    Layout("accumulate4_against_one_batch", microbatches=4, drop_path=0.0),
     Layout("recompute_selective", 1, _axes(recompute="selective"), _axes(recompute="selective")),
     Layout("recompute_full", 1, _axes(recompute="full"), _axes(recompute="full")),
     Layout("recompute_2_layers", 1, _axes(recompute=2), _axes(recompute=1)),
@@ -82,6 +86,7 @@ LAYOUTS = (
     Layout("dp2_accumulate2_recompute_selective", 2, _axes(recompute="selective"), microbatches=2),
     Layout("vision_tp2_second_tp1", 2, _TP2),
     Layout("vision_tp1_second_tp2", 2, second=_TP2),
+    Layout("vision_tp1_second_tp2_accumulate2", 2, second=_TP2, microbatches=2),
     Layout("vision_pp2_second_tp2", 2, _axes(pp=2), _TP2, microbatches=2),
     Layout("tp2_pp2", 4, _axes(2, 2), _TP2),
     Layout("tp2_sp_pp2_accumulate4", 4, _axes(2, 2, sequence_parallel=True), _SP2, microbatches=4),

@@ -1,11 +1,11 @@
-"""The same training on any layout of ranks, through the product's own code.
+"""The same training on any layout of ranks, through the product's own code, and by definition on a single process.
 
 A run's randomness (drop path) is a function of the pass: (data block, number in the block). Whatever the layout, pass k
-sees the same samples in the same order, so a single process that makes the same passes one after the other, seeded as
-the layout seeds them, must compute the same.
+sees the same samples in the same order, so a single process that makes the same passes, seeded as the layout seeds
+them, must compute the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
@@ -26,13 +26,14 @@ from megaeva.config.schema import (
 )
 from megaeva.config.world import world_fault
 from megaeva.data.batch import Batch
+from megaeva.losses import clip_loss
 from megaeva.model.teacher import Teacher
 from megaeva.model.vision_tower import VisionTower
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.shards import full_shape, slice_full
-from megaeva.parallel.wrap import Tower, finish_parameter_gather
+from megaeva.parallel.wrap import Tower, finish_parameter_gather, reduce_gradients, zero_gradients
 from megaeva.tasks.contrastive import Contrastive
 from megaeva.tasks.mim import MIM
 from tests.helpers.layouts import NUM_SAMPLES, Layout
@@ -150,6 +151,25 @@ class FreshTeacherMIM(MIM):
         return Teacher(tower), cfg.model.embed_dim, []
 
 
+def plain_step(task: Contrastive | MIM, batches: Sequence[Batch], seed: Callable[[int], None]) -> float:
+    """The loss and its gradients by definition, on one process: one graph of all passes, one backward."""
+    zero_gradients(task.towers)
+    outputs = []
+    tower = task.towers[0].ddp  # vision or student
+    for index, batch in enumerate(batches):
+        seed(index)
+        outputs.append(tower(batch.image_BCHW, batch.mask_BN if isinstance(task, MIM) else batch.keep_BK))
+    if isinstance(task, MIM):
+        target_ME = torch.cat([task.teacher(batch.image_BCHW)[batch.mask_BN] for batch in batches])
+        loss = -torch.nn.functional.cosine_similarity(torch.cat(outputs).float(), target_ME.float(), dim=-1).mean()
+    else:
+        text_BE = torch.cat([task.text.ddp(batch.token_BL) for batch in batches])
+        loss = clip_loss(torch.cat(outputs), text_BE, task.scale.ddp())
+    loss.backward()
+    reduce_gradients(task.towers)
+    return loss.item()
+
+
 @dataclass(frozen=True)
 class Run:
     """What a case computed, whole on every rank.
@@ -174,7 +194,7 @@ def run_case(runtime: Runtime, case: Case) -> Run:
     torch.manual_seed(runtime.rank)  # nothing may depend on the state of the default generator
     layout = case.layout
     cfg = make_recipe(case)
-    task = Contrastive(cfg, runtime) if cfg.task == "contrastive" else FreshTeacherMIM(cfg, runtime)
+    task: Contrastive | MIM = Contrastive(cfg, runtime) if cfg.task == "contrastive" else FreshTeacherMIM(cfg, runtime)
     fresh = whole_weights(task.towers)
     for tower in task.towers:
         if tower.name != "scale":
@@ -192,7 +212,10 @@ def run_case(runtime: Runtime, case: Case) -> Run:
 
         batch = whole_batch(cfg.model, case.task, step).split(NUM_SAMPLES // task.grid.dp_size)[task.grid.dp_rank]
         learning_rate.set(step)
-        losses.append(task.step(batch, seed).item())
+        if layout.plain_blocks:
+            losses.append(plain_step(task, batch.split(NUM_SAMPLES // layout.num_passes), seed))
+        else:
+            losses.append(task.step(batch, seed).item())
         if step == 0 and not layout.distributed_optimizer:
             gradients = _union(whole_tensors(tower, _gradients(tower)) for tower in task.towers)
         updated, norm = optimizer.step()

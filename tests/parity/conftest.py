@@ -15,7 +15,8 @@ Kind = Literal["step", "training", "bf16"]
 Compared = list[tuple[Case, Difference]]
 Results = Callable[[Kind, Layout, str], Compared]
 
-# One layout of each kind steps with every model here, the others with two each, in turn; `make parity` runs them all.
+# One layout of each kind steps with every model here; the others step with one and train with another, in turn.
+# `make parity` has every layout with every model.
 _EVERY_MODEL = ("accumulate4", "tp2", "tp2_sp", "pp2_vpp2_accumulate4", "dp2", "tp2_sp_pp2_accumulate4")
 _TRAINING_STEPS = 3
 
@@ -29,7 +30,7 @@ def _cases(kind: Kind, layout: Layout, task: str) -> list[Case]:
     layout = replace(layout, distributed_optimizer=False, overlap=False)
     if kind == "bf16":
         return [Case(layout, task, mine, precision="bf16")]
-    return [Case(layout, task, variant) for variant in (VARIANTS if layout.name in _EVERY_MODEL else (mine, next_one))]
+    return [Case(layout, task, variant) for variant in (VARIANTS if layout.name in _EVERY_MODEL else [next_one])]
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +40,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     cases = [case for layout in LAYOUTS for task in TASKS for kind in kinds for case in _cases(kind, layout, task)]
     file = tmp_path_factory.mktemp("parity") / "references.pt"
     found: dict[Case, Difference] = {}
+    failed: set[int] = set()
 
     def of(kind: Kind, layout: Layout, task: str) -> Compared:
         wanted = _cases(kind, layout, task)
+        num_ranks = layout.num_ranks
         if wanted[0] not in found:
+            # A layout that hangs is waited for once.
+            assert num_ranks not in failed, f"an earlier test tells how the processes of {num_ranks} ranks failed"
+            failed.add(num_ranks)
             if not file.exists():
                 run_ranks(run_references, 1, cases, file, timeout=300)
-            together = [case for case in cases if case.layout.num_ranks == layout.num_ranks]
-            found.update(
-                zip(together, run_ranks(compare, layout.num_ranks, together, file, timeout=600)[0], strict=True)
-            )
+            together = [case for case in cases if case.layout.num_ranks == num_ranks]
+            differences = run_ranks(compare, num_ranks, together, file, timeout=600)[0]
+            found.update(zip(together, differences, strict=True))
+            failed.remove(num_ranks)
         return [(case, found[case]) for case in wanted]
 
     return of

@@ -1,6 +1,6 @@
 """`make parity`: every layout, model and task for 20 steps beside the single process, as a table.
 
-Ends with 1 where a bound of `tests.helpers.run_differences` is broken. What is compared, and how, is told there.
+Ends with 1 where the bound of `tests.helpers.run_differences` is broken. What is compared, and how, is told there.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.parallel_runs import NUM_STEPS, TASKS, VARIANTS, Case
-from tests.helpers.run_differences import FIRST_STEP, HEADER, WHOLE_RUN, compare, run_references
+from tests.helpers.run_differences import BOUND, HEADER, compare, run_references
 from tests.helpers.spawn import run_ranks
 
 
@@ -28,8 +28,8 @@ def main() -> int:
                 where = f"{case.layout.name}, {case.variant}, {case.task}"
                 broken += [f"{where}: {words}" for words in found.beyond_bounds()]
     print(
-        f"{len(cases)} runs of {NUM_STEPS} steps beside the single process, relative differences; bounds: "
-        f"{FIRST_STEP:.0e} after the first step, {WHOLE_RUN:.0e} after the last. {len(broken) or 'None'} broken."
+        f"{len(cases)} runs of {NUM_STEPS} steps beside the single process: losses and whole parameters, relative "
+        f"differences, bound {BOUND:.0e}. {len(broken) or 'None'} broken."
     )
     print(*broken, sep="\n", end="\n" if broken else "")
     return 1 if broken else 0
