@@ -9,14 +9,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
+from typing import Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
 from megaeva.errors import INTERRUPTED, ConfigError, DataError, UserError, explain_disk_error
-
-if TYPE_CHECKING:
-    from megaeva.config.schema import Config
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -250,7 +247,7 @@ def evaluate(
     """
     from megaeva.config import load
     from megaeva.config.schema import LaunchSection
-    from megaeva.eval.run import run_folder
+    from megaeva.eval.run import eval_layout, run_folder
 
     home = run_folder(run_dir)
     cfg = load(home / "config.yaml", overrides or ())
@@ -336,29 +333,6 @@ def repository() -> Path:
         "recipes/demo.yaml is neither beside the installed package nor in this folder, the demo needs a checkout; "
         "run `megaeva demo` in a clone of the repository."
     )
-
-
-def eval_layout(cfg: "Config", processes: int, overrides: list[str]) -> list[str]:
-    """Overrides under which `processes` can evaluate `cfg`: none where its own layout fits, else whole towers on each.
-
-    Says so in a line, as evaluation needs more memory then.
-
-    Raises:
-        ConfigError: `overrides` ask for a layout of their own, and it does not fit.
-    """
-    from megaeva.config import check_world
-    from megaeva.config.topology import sharing_ranks
-
-    if processes % sharing_ranks(cfg) == 0:
-        return []
-    if any(override.startswith("parallel.") for override in overrides):
-        check_world(cfg, processes)
-    typer.echo(
-        f"layout: the run's own needs a multiple of {sharing_ranks(cfg)} processes, these are {processes}; "
-        "each holds whole towers instead (tp=pp=1)"
-    )
-    whole = ("vision.tp=1", "vision.pp=1", "vision.vpp=1", "vision.layers_per_stage=null", "text.tp=1")
-    return [f"parallel.{key}" for key in whole]
 
 
 def seed_numbers(seeds: str) -> list[int]:

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+from megaeva.checkpoint.layout import read_info
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.config import dump
 from megaeva.config.schema import Config
@@ -209,10 +210,13 @@ class Trainer:
         grid = self.task.grid
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_grid=grid)
         if state.loader_state is None:
+            blocks = len(read_info(checkpoint)["loader"])
+            processes = "1 process" if blocks * grid.tp_size == 1 else f"{blocks * grid.tp_size} processes"
             raise CheckpointError(
-                f"{checkpoint} was saved by another number of data ranks than the {grid.dp_size} of this job; its "
-                f"place in the data is known for those ranks only. Resume with as many, or start a new run from its "
-                f"weights with init.clip={checkpoint} and another run_dir."
+                f"{checkpoint} deals the data to another number of data blocks (ranks that read the same samples): "
+                f"{blocks} then, {grid.dp_size} now. There must be as many, as each goes on at its own place. Resume "
+                f"with {processes} on these axes, choose axes that make {blocks}, or start a new run_dir from its weights with init.clip={checkpoint} "
+                f"(init.vision in task=mim)."
             )
         self.loader.load_state_dict(state.loader_state)
         return state.step

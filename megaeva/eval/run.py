@@ -1,15 +1,17 @@
 """torchrun -m megaeva.eval.run RUN_DIR [--output FOLDER] [key.path=value ...]
 
 Measures a trained CLIP on the sets of its own recipe, or on others given as `eval.retrieval.NAME.shards=[...]`. Works
-alone or under torchrun, with any number of processes. Exit codes: those of `megaeva.train`.
+alone or under torchrun, with any number of processes (see `eval_layout`). Exit codes: those of `megaeva.train`.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError, ConfigError, explain_end
 
 
@@ -51,6 +53,8 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
             f"the recipe of {run_dir} names no evaluation set.\n"
             f"There must be at least one; add e.g. eval.retrieval.heldout.shards='[data/emoji/heldout/*.tar]'."
         )
+    layout = eval_layout(cfg, int(os.environ.get("WORLD_SIZE", "1")), overrides)
+    cfg = load(home / "config.yaml", [*overrides, *layout])
     # Imported here: mistakes above are told before torch and Megatron-core are loaded.
     from megaeva.checkpoint.weights import load_weights
     from megaeva.config.schema import AxesSection
@@ -84,6 +88,31 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
         return results
     finally:
         stop()
+
+
+def eval_layout(cfg: Config, num_processes: int, overrides: Sequence[str]) -> list[str]:
+    """Overrides under which so many processes can evaluate `cfg`: none where its own layout fits, else whole towers.
+
+    Rank 0 says so in a line, as evaluation needs more memory then.
+
+    Raises:
+        ConfigError: `overrides` ask for a layout of their own, and it does not fit.
+    """
+    from megaeva.config import check_world
+    from megaeva.config.topology import sharing_ranks
+
+    if num_processes % sharing_ranks(cfg) == 0:
+        return []
+    if any(override.startswith("parallel.") for override in overrides):
+        check_world(cfg, num_processes)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"layout: the run's own needs a multiple of {sharing_ranks(cfg)} processes, these are {num_processes}; "
+            "each holds whole towers instead (tp=pp=1)",
+            flush=True,
+        )
+    whole = ("vision.tp=1", "vision.pp=1", "vision.vpp=1", "vision.layers_per_stage=null", "text.tp=1")
+    return [f"parallel.{key}" for key in whole]
 
 
 def run_folder(path: Path) -> Path:

@@ -192,7 +192,8 @@ def test_a_run_continues_on_another_layout(folder: Path, job: Any) -> None:
     for here, there in zip(figures(folder / "moved"), figures(folder / "one_rank"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4) if "loss" in here else here == there
     for _, refusal, _ in job:
-        assert "another number of data ranks than the 2 of this job" in refusal
+        assert "data blocks (ranks that read the same samples): 1 then, 2 now" in refusal
+        assert "with 1 process on these axes" in refusal
         assert "init.clip=" in refusal
 
 
@@ -203,6 +204,9 @@ def test_stages_hand_their_weights_on_to_tensor_parallel_ranks(job: Any) -> None
             assert torch.equal(value, weights["pp2"][name]), name
 
 
-def test_one_process_evaluates_a_run_of_two(folder: Path, job: Any, tmp_path: Path) -> None:
-    results = evaluate_run(folder / "pp2_vpp2_overlap", ["parallel.vision.pp=1", "parallel.vision.vpp=1"], tmp_path)
+def test_one_process_evaluates_a_run_of_two(
+    folder: Path, job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = evaluate_run(folder / "pp2_vpp2_overlap", [], tmp_path)
     assert results == json.loads((folder / "pp2_vpp2_overlap" / "eval.json").read_text())
+    assert "the run's own needs a multiple of 2 processes, these are 1" in capsys.readouterr().out
