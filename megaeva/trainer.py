@@ -215,8 +215,8 @@ class Trainer:
             raise CheckpointError(
                 f"{checkpoint} deals the data to another number of data blocks (ranks that read the same samples): "
                 f"{blocks} then, {grid.dp_size} now. There must be as many, as each goes on at its own place. Resume "
-                f"with {processes} on these axes, choose axes that make {blocks}, or start a new run_dir from its weights with init.clip={checkpoint} "
-                f"(init.vision in task=mim)."
+                f"with {processes} on these axes, choose axes that make {blocks}, or start a new run_dir from its "
+                f"weights with init.clip={checkpoint} (init.vision in task=mim)."
             )
         self.loader.load_state_dict(state.loader_state)
         return state.step
