@@ -85,9 +85,12 @@ def at(text: str, step: int | None = None) -> None:
         step: the optimizer step that this text and those after it belong to; None: the one named last.
     """
     global _step, _note
+    first = _step is None and step is not None
     if step is not None:
         _step = step
     _note = (text if _step is None else f"step {_step}, {text}", time.time())
+    if first:
+        _wake.set()  # a rank may die in its first half second, too
 
 
 def place(text: str) -> None:

@@ -114,8 +114,8 @@ def wait_for_culprit(end: str, how: str, culprit: int, went_wrong: Path) -> int:
     return 0
 
 
-def fork_rank(rank: int, port: int, folder: Path, case: tuple[str, str, int]) -> int:
-    """The process id of a rank that writes its output to `folder`."""
+def fork_rank(rank: int, port_pipe: int, folder: Path, case: tuple[str, str, int]) -> int:
+    """The process id of a rank that reads its store's port from a pipe and writes its output to `folder`."""
     pid = os.fork()
     if pid:
         return pid
@@ -126,7 +126,7 @@ def fork_rank(rank: int, port: int, folder: Path, case: tuple[str, str, int]) ->
         os.dup2(sink, 2)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+            MASTER_PORT=str(int(os.read(port_pipe, 5))), TORCHELASTIC_USE_AGENT_STORE="True",
         )  # fmt: skip
         from megaeva.errors import explain_end
 
@@ -135,6 +135,12 @@ def fork_rank(rank: int, port: int, folder: Path, case: tuple[str, str, int]) ->
         print(f"Traceback: {type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(status)
+
+
+def said(file: Path) -> str:
+    """What a rank printed, without c10d's warnings (a host name that a busy resolver did not find)."""
+    lines = file.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"(\[rank\d\]:)?\[W\d+ .*\[c10d\]", line))
 
 
 def run_jobs(folder: Path) -> None:
@@ -146,12 +152,16 @@ def run_jobs(folder: Path) -> None:
 
     torch.set_num_threads(1)
     platform.apply_cpu_shim()
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in CASES]
     left = {}
-    for number, (case, store) in enumerate(zip(CASES, stores, strict=True)):
+    pipes = [os.pipe() for _ in CASES]
+    for number, case in enumerate(CASES):
         (folder / str(number)).mkdir()
         for rank in range(RANKS):
-            left[fork_rank(rank, store.port, folder / str(number), case)] = (number, rank)
+            left[fork_rank(rank, pipes[number][0], folder / str(number), case)] = (number, rank)
+    # After all forks: a store has threads, and a fork beside threads may inherit a lock that nobody opens.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in CASES]
+    for (_, pipe), store in zip(pipes, stores, strict=True):
+        os.write(pipe, f"{store.port:05}".encode() * RANKS)
     jobs = [Job({}, {}, {}) for _ in CASES]
     deadline = time.monotonic() + 60
     while left and time.monotonic() < deadline:
@@ -166,7 +176,7 @@ def run_jobs(folder: Path) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     for number, job in enumerate(jobs):
-        job.output = {rank: (folder / str(number) / f"{rank}.txt").read_text() for rank in range(RANKS)}
+        job.output = {rank: said(folder / str(number) / f"{rank}.txt") for rank in range(RANKS)}
     (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
 
 
