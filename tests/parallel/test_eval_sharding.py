@@ -1,5 +1,6 @@
 """One model, one set, any layout of ranks: the same features and figures on every rank, each sample once."""
 
+import functools
 import json
 import tarfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from megaeva.model.clip_model import build_clip
 from megaeva.model.mim_student import MIMStudent
 from megaeva.model.teacher import Teacher
 from megaeva.model.vision_tower import VisionTower
+from megaeva.parallel import grid as grid_module
 from megaeva.parallel.grid import build_grids
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.parallel_runs import fill
@@ -123,6 +125,8 @@ def _evaluate_both(runtime: Runtime, folder: Path, vision: dict[str, Any], secon
 
 def _evaluate_layouts(runtime: Runtime, folder: Path, num_ranks: int) -> tuple[dict[str, Both], str]:
     """What each layout finds, and what the first one says of a set with a broken sample of the second data rank."""
+    # Process groups hold threads as long as the process lives; layouts of equal axes share them.
+    grid_module.build_grid = functools.cache(grid_module.build_grid)
     layouts = LAYOUTS[num_ranks]
     found = {name: _evaluate_both(runtime, folder, *axes) for name, axes in layouts.items()}
     raw = _config(folder, *next(iter(layouts.values())))

@@ -1,5 +1,6 @@
 """Whole runs of one recipe on every layout of two ranks: the losses and results of one rank, resumed bit for bit."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from megaeva.errors import CheckpointError
 from megaeva.eval.run import evaluate_run
 from megaeva.model.clip_model import build_clip
 from megaeva.observability.metrics import read_metrics
+from megaeva.parallel import grid as grid_module
 from megaeva.parallel.grid import grid_of_one
 from megaeva.parallel.runtime import Runtime, start
 from megaeva.trainer import Trainer
@@ -132,6 +134,8 @@ def start_from(runtime: Runtime, folder: Path) -> dict[str, Tensor]:
 
 
 def on_two_ranks(runtime: Runtime, folder: Path) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, Tensor]]:
+    # Process groups hold threads as long as the process lives; all runs share those of equal axes.
+    grid_module.build_grid = functools.cache(grid_module.build_grid)
     return train_layouts(runtime, folder), change_layout(runtime, folder), start_from(runtime, folder)
 
 
