@@ -17,7 +17,8 @@ INTERRUPTED = 130
 LOST_CONTACT = "lost contact: "  # how the message of a LostRankError begins; the launcher looks for it
 
 _LOST_PEER = re.compile(
-    r"onnection (closed|reset|refused).*peer|roken pipe|remote process exited|connectFullMesh failed", re.DOTALL
+    r"onnection (closed|reset|refused).*peer|roken pipe|remote process exited|connectFullMesh failed|gloo/transport/",
+    re.DOTALL,
 )
 _TIMED_OUT = re.compile(
     r"Timed out waiting \d+ms for \w+ operation|wait timeout after \d+ms|Application timeout caused pair closure|"

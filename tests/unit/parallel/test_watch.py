@@ -35,6 +35,10 @@ SEEN = {rank: notes(rank) for rank in range(4)}
         ("wait timeout after 8000ms, keys: /default_pg/0//3//cpu//0/1", True),
         (CLOSED, False),
         ("Read error [127.0.0.1]:20: Connection reset by peer", False),
+        (
+            "[enforce fail at gloo/gloo/transport/tcp/pair.cc:809] state_ >= CONNECTED. 1 vs 4. Pair is not connected",
+            False,
+        ),
         ("writev [10.0.0.2]:9: Broken pipe", False),
         ("Gloo connectFullMesh failed with [pair.cc:144] no error", False),
     ],
