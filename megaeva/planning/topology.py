@@ -68,7 +68,7 @@ def topology_lines(cfg: Config, world_size: int) -> list[str]:
     block = sharing_ranks(cfg)
     samples = cfg.train.global_batch_size * block // world_size
     lines = [
-        f"topology: {world_size} ranks in {world_size // block} blocks of {block}; a block reads {samples} of the "
+        f"topology: {world_size} ranks in blocks of {block}; a block reads {samples} of the "
         f"{cfg.train.global_batch_size} samples of a step"
     ]
     places: list[tuple[str, ...]] = [
@@ -86,6 +86,8 @@ def topology_lines(cfg: Config, world_size: int) -> list[str]:
         table += [row for group in _alike(held[name]) for row in _holding_rows(group, one.axes, world_size)]
     lines += _columns(table, right=(4, 5, 6, 7))
     lines.append(f"{_model_states(held.values())}, activations not counted")
+    pipelined = [name for name, one in axes.items() if one.pp > 1 and microbatches(cfg, one, world_size)[1] == 1]
+    notes += [f"{name}: its stages wait for each other in a step of one microbatch" for name in pipelined]
     return [*lines, *notes]
 
 

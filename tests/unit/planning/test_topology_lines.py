@@ -32,7 +32,7 @@ def test_a_pipeline_is_drawn_stage_by_stage() -> None:
     layout = {"vision": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, "text": {"tp": 5, "recompute": 3}}
     lines = topology_lines(config(parallel=layout, batch=160), 40)
     assert max(map(len, lines)) < 100
-    assert lines[0] == "topology: 40 ranks in 2 blocks of 20; a block reads 80 of the 160 samples of a step"
+    assert lines[0] == "topology: 40 ranks in blocks of 20; a block reads 80 of the 160 samples of a step"
     words = [" ".join(line.split()) for line in lines]
     assert "vision 2 yes 2 2 10 tp r%2, pp r//2%2, dp r//4 none 4 of 4" in words
     assert "text 5 - 1 1 8 tp r%5, dp r//5 3 5 of 4" in words
