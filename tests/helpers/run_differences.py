@@ -16,8 +16,9 @@ from megaeva.parallel.runtime import Runtime
 from tests.helpers.parallel_runs import NUM_STEPS, Case, Run, Tensors, run_case
 
 BOUND = 1e-5
-"""Of every fp32 difference, after the first step and after the last: the largest of `make parity` is 4e-6, from rounding. (Issue 3 asks for 1e-3 after 20 steps. Parameters move by a few hundredths of their norm in a run, so
-that bound would pass an update that is wrong by some percent.)"""
+"""Of every fp32 difference, after the first step and after the last; the largest of `make parity` is 4e-6, from
+rounding. (Issue 3 asks for 1e-3 after 20 steps. Parameters move by a few hundredths of their norm in a run, so that
+bound would pass an update that is wrong by some percent.)"""
 BF16_ERROR = 2.0
 """Bound of a layout's bf16 error in units of the single process's: cut sums are rounded more often, but as finely."""
 
