@@ -87,7 +87,7 @@ def encode_set(
     pictures: dict[str, NDArray[np.uint8]] = {}
     error: Exception | None = None
     try:
-        for batch in batches:
+        for batch in agreed(batches, grid):
             records += zip(batch.indices, batch.keys, batch.captions, batch.metas)
             images.append(_encode(model.encode_image, batch.image_BCHW, device, batch_size))
             if batch.token_BL is not None:
@@ -120,6 +120,48 @@ def encode_set(
         text_XE=torch.cat(text_shares)[order] if text_shares else None,
         pictures={key: kept[key] for key in sorted(kept, key=key_hash)[:num_pictures]},
     )
+
+
+def agreed(batches: Iterable[EvalBatch], grid: Grid) -> Iterator[EvalBatch]:
+    """The batches, each once every rank of the data block has read it: a tower's collectives may follow.
+
+    All ranks of the block call it and take batch after batch together. One that failed to read while the others went
+    on into the tower would leave them waiting there until the timeout.
+
+    Raises:
+        DataError: another rank of the block failed to read, or has other samples. The failing rank raises its own
+            error.
+    """
+    if grid.tp_size == 1:
+        yield from batches
+        return
+    iterator = iter(batches)
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(iterator, None)
+        except Exception as caught:
+            error = caught
+        mine = (batch.keys if batch is not None else None, error and f"{type(error).__name__}: {error}")
+        block = gather_objects(mine, grid.groups.tp)
+        if error is not None:
+            raise error
+        for rank, (keys, text) in enumerate(block):
+            if text:
+                raise DataError(f"rank {rank} of this data block failed while reading: {text}")
+            if keys != mine[0]:
+                raise DataError(
+                    f"rank {rank} of this data block has read {_samples(keys)} of the evaluation set where rank "
+                    f"{grid.tp_rank} has read {_samples(mine[0])}; all must read the same shards: compare the files of "
+                    f"eval.retrieval and eval.zero_shot between the nodes."
+                )
+        if batch is None:
+            return
+        yield batch
+
+
+def _samples(keys: tuple[str, ...] | None) -> str:
+    return "the end" if keys is None else f"{len(keys)} samples from {keys[0]} on"
 
 
 def encode_texts(

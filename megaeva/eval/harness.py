@@ -13,6 +13,7 @@ from megaeva.eval.features import Features, encode_set, encode_texts, gather_sha
 from megaeva.eval.predictions import NUM_IMAGES, predict, write_predictions
 from megaeva.eval.retrieval import retrieval
 from megaeva.eval.zero_shot import accuracy, class_vectors, read_classes
+from megaeva.parallel.collectives import together
 from megaeva.parallel.grid import Grid
 
 
@@ -41,10 +42,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        tokenizer = Tokenizer(
-            cfg.model.text.context_length,
-            subset=Path(cfg.data.tokenizer_subset) if cfg.data.tokenizer_subset else None,
-        )
+        with together("reading data.tokenizer_subset"):
+            tokenizer = Tokenizer(
+                cfg.model.text.context_length,
+                subset=Path(cfg.data.tokenizer_subset) if cfg.data.tokenizer_subset else None,
+            )
         results, examples = {}, {}
         for name, section in cfg.eval.retrieval.items():
             features = _encode(model, cfg, section, grid, device, tokenizer, NUM_IMAGES if predictions else 0)
@@ -82,7 +84,8 @@ def images_of_samples(features: Features) -> tuple[Tensor, list[int]]:
 def _zero_shot(
     model: Any, cfg: Config, name: str, section: ZeroShotSection, grid: Grid, device: torch.device, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    classes = read_classes(section.classes)
+    with together(f"reading eval.zero_shot.{name}.classes"):
+        classes = read_classes(section.classes)
     features = _encode(model, cfg, section, grid, device, None, 0)
     labels = [meta.get("class") for meta in features.metas]
     for key, label in zip(features.keys, labels):

@@ -12,7 +12,7 @@ from torch import Tensor
 from megaeva.config.schema import Config
 from megaeva.data.evaluation import EvalBatch
 from megaeva.data.masking import block_mask
-from megaeva.eval.features import gather_shares, key_hash, recipe_batches, to_picture
+from megaeva.eval.features import agreed, gather_shares, key_hash, recipe_batches, to_picture
 from megaeva.eval.predictions import encode_png
 from megaeva.parallel.grid import Grid
 
@@ -45,7 +45,7 @@ def evaluate_masked(
             total, count, error = 0.0, 0, None
             kept: dict[str, dict[str, Any]] = {}
             try:
-                for batch in recipe_batches(cfg, section.shards, grid, tokenizer=None):
+                for batch in agreed(recipe_batches(cfg, section.shards, grid, tokenizer=None), grid):
                     mask_BN = masks(cfg, batch.indices)
                     cosine_M = masked_cosine(student, teacher, batch.image_BCHW.to(device), mask_BN.to(device))
                     total += float(cosine_M.double().sum())

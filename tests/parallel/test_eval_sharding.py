@@ -1,8 +1,11 @@
 """One model, one set, any layout of ranks: the same features and figures on every rank, each sample once."""
 
 import functools
+import itertools
 import json
 import tarfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,11 @@ from webdataset import TarWriter
 
 from megaeva.config.schema import AxesSection, Config
 from megaeva.config.topology import sharing_ranks, step_axes
+from megaeva.data.evaluation import EvalBatch
 from megaeva.data.synthetic import SHAPES, make_shards
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError
+from megaeva.eval import harness, masked
 from megaeva.eval.features import encode_set, recipe_batches
 from megaeva.eval.harness import evaluate
 from megaeva.eval.masked import evaluate_masked
@@ -23,7 +28,7 @@ from megaeva.model.mim_student import MIMStudent
 from megaeva.model.teacher import Teacher
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel import grid as grid_module
-from megaeva.parallel.grid import build_grids
+from megaeva.parallel.grid import Grid, build_grids
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.parallel_runs import fill
 from tests.helpers.spawn import run_ranks
@@ -136,6 +141,37 @@ def _evaluate_layouts(runtime: Runtime, folder: Path, num_ranks: int) -> tuple[d
     return found, str(caught.value)
 
 
+def _cut_short(failing: bool) -> Callable[..., Iterator[EvalBatch]]:
+    """`recipe_batches`, but rank 1 of each data block fails at its second batch, or finds the set to end before it."""
+
+    def batches(cfg: Config, shards: Any, grid: Grid, tokenizer: Tokenizer | None) -> Iterator[EvalBatch]:
+        found = recipe_batches(cfg, shards, grid, tokenizer)
+        if grid.tp_rank == 0:
+            yield from found
+            return
+        yield from itertools.islice(found, 1)
+        if failing:
+            raise OSError("the disk is gone")
+
+    return batches
+
+
+def _evaluate_cut_short(runtime: Runtime, folder: Path) -> list[tuple[str, float]]:
+    """What is said, and after how many seconds: contrastive and masked, of a rank that fails and one that ends."""
+    # Process groups hold threads as long as the process lives; layouts of equal axes share them.
+    grid_module.build_grid = functools.cache(grid_module.build_grid)
+    raw = _config(folder, TP2, TP2)
+    found = []
+    for failing in (True, False):
+        harness.recipe_batches = masked.recipe_batches = _cut_short(failing)
+        for evaluate_one in (_evaluate, _evaluate_masked):
+            start = time.monotonic()
+            with pytest.raises((DataError, OSError)) as caught:
+                evaluate_one(runtime, raw)
+            found.append((f"{caught.type.__name__}: {caught.value}", time.monotonic() - start))
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
@@ -234,3 +270,15 @@ def test_broken_sample_of_one_rank_stops_all(job: list[tuple[dict[str, Both], st
     others, own = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     assert all("data rank 1 failed" in text for text in others)
     assert not any("data rank" in text for text in own)
+
+
+def test_a_rank_that_reads_less_than_its_block_stops_all_at_once(folder: Path) -> None:
+    first, second = run_ranks(_evaluate_cut_short, 2, folder)
+    # The timeout of their collectives is a minute.
+    assert all(seconds < 10 for _, seconds in first + second)
+    for task in range(2):
+        assert second[task][0] == "OSError: the disk is gone"
+        assert first[task][0].startswith("DataError: rank 1 of this data block failed while reading: OSError: the disk")
+    for task in range(2, 4):
+        assert "rank 1 of this data block has read the end of the evaluation set where rank 0" in first[task][0]
+        assert "rank 0 of this data block has read 11 samples from " in second[task][0]
