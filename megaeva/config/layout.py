@@ -132,10 +132,13 @@ def _recompute(cfg: Config) -> Iterator[Problem]:
         yield Problem("parallel.teacher.recompute", "must be none: the teacher has no backward pass", "remove it")
 
 
-def _teacher_only_in_mim(cfg: Config) -> Iterator[Problem]:
-    teacher, default = cfg.parallel.teacher, AxesSection()
-    if cfg.task == "contrastive" and any(getattr(teacher, k) != getattr(default, k) for k in AxesSection.model_fields):
-        yield Problem("parallel.teacher", "must be absent in task=contrastive, which has no teacher", "remove it")
+def _second_tower_of_the_task(cfg: Config) -> Iterator[Problem]:
+    name, tower, axes = ("text", "text tower", cfg.parallel.text)
+    if cfg.task == "contrastive":
+        name, tower, axes = ("teacher", "teacher", cfg.parallel.teacher)
+    default = AxesSection()
+    if any(getattr(axes, key) != getattr(default, key) for key in AxesSection.model_fields):
+        yield Problem(f"parallel.{name}", f"must be absent in task={cfg.task}, which has no {tower}", "remove it")
 
 
 def _overlap(cfg: Config) -> Iterator[Problem]:
@@ -148,5 +151,5 @@ def _overlap(cfg: Config) -> Iterator[Problem]:
 
 
 LAYOUT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    _vision_tp, _text_tp, _whole_towers, _stages, _layers_per_stage, _recompute, _teacher_only_in_mim, _overlap,
+    _vision_tp, _text_tp, _whole_towers, _stages, _layers_per_stage, _recompute, _second_tower_of_the_task, _overlap,
 )  # fmt: skip

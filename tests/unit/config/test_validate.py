@@ -39,6 +39,7 @@ BROKEN = [
     (MIM, ("parallel.teacher.pp=2",), ["parallel.teacher.pp=2 (command line) must be 1", "parallel.teacher.tp"]),
     (MIM, ("parallel.teacher.recompute=full",), ["parallel.teacher.recompute=full", "no backward pass"]),
     (CLIP, ("parallel.teacher.tp=2",), ["parallel.teacher (command line) must be absent in task=contrastive"]),
+    (MIM, ("parallel.text.tp=2",), ["parallel.text (command line) must be absent in task=mim, which has no text"]),
     (CLIP, ("parallel.vision.pp=25",),
      ["parallel.vision.pp=25 (command line) must leave each of the pp=25 x vpp=1 = 25 stages a layer",
       "model.vision.num_layers=24; use parallel.vision.pp=24."]),
