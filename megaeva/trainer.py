@@ -231,7 +231,8 @@ class Trainer:
 
     def _stop_on(self, figure: str, value: float, batch: Batch) -> None:
         """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
-        keys = [key for keys in gather_objects(batch.keys) for key in keys]
+        mine = batch.keys if self.task.grid.tp_rank == 0 else ()  # the other ranks of its data block have the same
+        keys = [key for keys in gather_objects(mine) for key in keys]
         name = f"bad_batch_step_{self.next_step}.json"
         self.record.write_json(name, {"step": self.next_step, figure: str(value), "keys": keys})
         raise UserError(
