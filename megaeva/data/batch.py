@@ -1,5 +1,6 @@
 """The contract between the loader and the tasks."""
 
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one data-parallel rank for one optimizer step.
+    """The samples of a data block for one optimizer step, or a slice of them.
 
     Attributes:
         image_BCHW: fp32, normalised with the CLIP mean and deviation.
@@ -53,11 +54,14 @@ class Batch:
         return replace(filled, mask_BN=functional.pad(self.mask_BN, (0, 0, 0, missing)))
 
     def split(self, size: int) -> "list[Batch]":
-        """Consecutive microbatches of `size` samples; `size` must divide the batch."""
+        """Consecutive parts of `size` samples; `size` must divide the batch."""
         if len(self) % size:
-            raise ValueError(f"micro batch {size} does not divide the {len(self)} samples of this rank")
-        cuts = range(0, len(self), size)
-        return [
-            replace(self, **{f.name: v[i : i + size] for f in fields(self) if (v := getattr(self, f.name)) is not None})
-            for i in cuts
-        ]
+            raise ValueError(f"parts of {size} do not divide a batch of {len(self)} samples")
+        return self.in_parts(len(self) // size)
+
+    def in_parts(self, number: int) -> "list[Batch]":
+        """Consecutive parts, alike to one sample, the larger ones first."""
+        base, larger = divmod(len(self), number)
+        cuts = [part * base + min(part, larger) for part in range(number + 1)]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return [replace(self, **{n: v[i:j] for n, v in values.items()}) for i, j in itertools.pairwise(cuts)]

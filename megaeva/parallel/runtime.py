@@ -87,10 +87,11 @@ def stop() -> None:
 
 
 def seed_pass(seed: int, step: int, microbatch: int, data_rank: int) -> None:
-    """Seeds every generator the model draws from, as a pure function of the arguments.
+    """Seeds torch's default generators, as a pure function of the arguments.
 
-    The model draws only from torch's default generators (drop path), alike on all tensor-parallel ranks of a data rank.
-    A resumed run and a replayed forward pass therefore need no saved generator state.
+    The model draws nothing from them: drop path draws from generators derived from this seed and the layer's number,
+    alike on all ranks of a data rank. A resumed run and a replayed forward pass therefore need no saved generator
+    state.
     """
     key = f"{seed}/{step}/{microbatch}/{data_rank}".encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
