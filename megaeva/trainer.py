@@ -113,8 +113,7 @@ class Trainer:
         """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
         step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
         rates = self.learning_rate.set(step)
-        on_device = batch.to(self.runtime.device)
-        loss = self.task.step(on_device, lambda index: seed_pass(seed, step, index, data_rank)).item()
+        loss = self.task.step(batch, lambda index: seed_pass(seed, step, index, data_rank)).item()
         if not math.isfinite(loss):
             self._stop_on("loss", loss, batch)
         watch.at("the optimizer's step")

@@ -43,15 +43,14 @@ def data_ranks(axes: AxesSection, world_size: int) -> int:
 
 
 def microbatches(cfg: Config, axes: AxesSection, world_size: int) -> tuple[int, int]:
-    """(samples, passes) of one data rank of the tower on `axes`: its share of the global batch in equal microbatches.
+    """(samples of the largest, passes) of one data rank of the tower on `axes`: its share of the global batch in parts.
 
-    Their size is the largest divisor of the share up to train.micro_batch_size, which is the share itself where that
-    key is null. For the vision tower `check_world` has seen to it that the key itself divides the share.
+    As few parts as train.micro_batch_size allows (null: one), alike to one sample. For the vision tower `check_world`
+    has seen to it that the key divides the share.
     """
     share = cfg.train.global_batch_size // data_ranks(axes, world_size)
-    limit = cfg.train.micro_batch_size or share
-    size = next(size for size in range(min(limit, share), 0, -1) if share % size == 0)
-    return size, share // size
+    passes = -(-share // (cfg.train.micro_batch_size or share))
+    return -(-share // passes), passes
 
 
 def sharing_ranks(cfg: Config) -> int:

@@ -35,7 +35,8 @@ def clip_loss(
     `image_BE` and of `text_BE` is a pair. Source: Radford et al. 2021, figure 3; EVA-CLIP uses the same.
 
     Communication: one all-gather of both modalities and one of the log-sum-exps; no reduce-scatter of gradients,
-    since once all log-sum-exps are known each rank computes its own. Extra memory: O(B * tile), never batch^2.
+    since once all log-sum-exps are known each rank computes its own. Extra memory: the gathered rows of both
+    modalities in fp32, O(G * E), and O(B * tile), never batch^2.
 
     Gradient: of `image_BE` and `text_BE` exactly d(global mean)/d(this rank's inputs); of `log_scale` this rank's
     share, so that the sum over the group is the derivative. All ranks of `group` must call it and its backward; without

@@ -66,11 +66,14 @@ class TextTower(MegatronModule):
         All tp ranks must call it; all get the same.
 
         Args:
-            token_BL: ids padded with 0; the end token has the largest id of all.
+            token_BL: ids padded with 0; the end token has the largest id of all. On the CPU, where captions come from,
+                their length costs no synchronisation with the device.
         """
         end_B = token_BL.argmax(-1)
         # Causal: no token sees what comes after it, so those after the batch's last end token are not computed.
-        return self.encode(token_BL, end_B, int(end_B.max()) + 1)
+        num_tokens, device = int(end_B.max()) + 1, self.pos_embed.device
+        own_BL, end_B = token_BL[:, :num_tokens].to(device, non_blocking=True), end_B.to(device, non_blocking=True)
+        return self.encode(own_BL, end_B, num_tokens)
 
     def encode(self, token_BL: Tensor, end_B: Tensor, num_tokens: int) -> Tensor:
         """Returns text_BE, the embedding of each caption's token `end_B`, of which the first `num_tokens` are computed.

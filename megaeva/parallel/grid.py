@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch.distributed as dist
-
 # Before megatron.core: it guards that import against a broken Transformer Engine.
 from megaeva.parallel import platform as _platform  # noqa: F401  isort: skip
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -89,11 +87,11 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
         pp=create("pp"),
         dp=create("dp"),
         mp=create(["tp", "pp"]),
-        tp_cp=create(["tp", "cp"]),
-        dp_cp=create(["cp", "dp"]),
         tp_dp_cp=create(["tp", "cp", "dp"]),
         intra_dist_opt=create(["tp", "cp", "pp", "dp"]),
     )
+    # The context axis has size one.
+    groups.tp_cp, groups.dp_cp = groups.tp, groups.dp
     # One optimizer instance over the whole tower.
     groups.intra_dp_cp = groups.dp_cp
     groups.inter_dist_opt = None
@@ -105,12 +103,8 @@ def build_grid(axes: AxesSection, runtime: Runtime) -> Grid:
     groups.expt_dp = groups.dp
     groups.intra_expt_dp = groups.dp
     groups.hcp = None
-    # Towers tie no weights between stages: the embedding groups hold this rank's first (and last) stage only.
-    stages = comm.get_rank_enum("pp")
-    enumerate_groups = partial(dist.new_subgroups_by_enumeration, backend=runtime.backend, timeout=runtime.timeout)
-    groups.pos_embd, _ = enumerate_groups([[ranks[0]] for ranks in stages])
-    ends = [[ranks[0]] if axes.pp == 1 else [ranks[0], ranks[-1]] for ranks in stages]
-    groups.embd, _ = enumerate_groups(ends)
+    # Towers tie no weights between stages.
+    groups.embd = groups.pos_embd = None
     return Grid(
         axes=axes,
         groups=groups,

@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import os
 import sys
 import types
 import warnings
@@ -24,6 +25,10 @@ import torch
 from torch import Tensor
 
 from megaeva.errors import UserError
+
+# Before anything asks for a GPU. mcore sends and computes in the order it issues both, to overlap them, which CUDA
+# keeps on one connection only.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 # ------------------------------------------------------------------------------------------------ Transformer Engine
 

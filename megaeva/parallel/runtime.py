@@ -61,8 +61,6 @@ def start(platform: Literal["auto", "cpu", "cuda"] = "auto", timeout_minutes: fl
     Raises:
         UserError: platform=cuda without a GPU.
     """
-    # mcore sends and computes in the order it issues both, to overlap them, which CUDA keeps on one connection only.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     kind = platform_module.choose(platform)
     backend = "nccl" if kind == "cuda" else "gloo"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

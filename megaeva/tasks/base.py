@@ -28,7 +28,7 @@ class Task(Protocol):
         """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced.
 
         Args:
-            batch: the samples of this data block.
+            batch: the samples of this data block, on the CPU; a tower takes what it needs to the device.
             seed_pass: (number of a microbatch in the block) -> None; seeds what its pass draws.
         """
         ...

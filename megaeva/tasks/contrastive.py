@@ -105,11 +105,18 @@ class Contrastive:
         return Part(
             self.vision,
             batches,
-            lambda part, hidden, chunk: self.vision.ddp(part.image_BCHW, part.keep_BK, hidden=hidden, chunk=chunk),
+            self._vision_forward,
             num_stage_tokens=self.model.vision.num_stage_tokens(batch.keep_BK),
             embed_dim=self.cfg.model.embed_dim,
             first_index=len(batches) * share_number(grid, self.grid),
         )
+
+    def _vision_forward(self, part: Batch, hidden: Tensor | None, chunk: int) -> Tensor:
+        # Only the first stage looks at images, and only one microbatch of them is on the device at a time.
+        image_BCHW = part.image_BCHW.to(self.runtime.device, non_blocking=True) if hidden is None else None
+        keep_BK = None if part.keep_BK is None else part.keep_BK.to(self.runtime.device, non_blocking=True)
+        image_BE: Tensor = self.vision.ddp(image_BCHW, keep_BK, hidden=hidden, chunk=chunk)
+        return image_BE
 
     def after_step(self) -> dict[str, float]:
         """Clamp the logit scale to [0, max]; EVA does so after every step."""

@@ -98,7 +98,7 @@ class MIM:
         part = Part(
             student,
             batches,
-            lambda part, hidden, chunk: student.ddp(part.image_BCHW, part.mask_BN, hidden=hidden, chunk=chunk),
+            self._student_forward,
             num_stage_tokens=self.student.vision.num_stage_tokens(None),
             embed_dim=self.teacher_dim,
             first_index=first_index,
@@ -112,6 +112,15 @@ class MIM:
         (loss,) = all_sum([loss_share.item()], self.runtime, grid.groups.dp)
         return torch.tensor(loss)
 
+    def _student_forward(self, part: Batch, hidden: Tensor | None, chunk: int) -> Tensor:
+        assert part.mask_BN is not None
+        device = self.runtime.device
+        # Only the first stage looks at images, and only one microbatch of them is on the device at a time.
+        image_BCHW = part.image_BCHW.to(device, non_blocking=True) if hidden is None else None
+        mask_BN = part.mask_BN.to(device, non_blocking=True)
+        predicted_ME: Tensor = self.towers[0].ddp(image_BCHW, mask_BN, hidden=hidden, chunk=chunk)
+        return predicted_ME
+
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's features [M, E] behind the masks of a data block's samples, in row-major order of its mask.
 
@@ -122,7 +131,8 @@ class MIM:
         grid = self.grids["teacher"]
         watch.at("the teacher's pass")
         parts = own_microbatches(batch, grid, self.grid, self.cfg)
-        target_ME = torch.cat([self.teacher(part.image_BCHW)[part.mask_BN] for part in parts])
+        on_device = (part.to(self.runtime.device) for part in parts)
+        target_ME = torch.cat([self.teacher(part.image_BCHW)[part.mask_BN] for part in on_device])
         if grid.dp_size == self.grid.dp_size:
             return target_ME
         # Each of the ranks that hold the same rows gives its part of them; counts follow from the masks, known to all.

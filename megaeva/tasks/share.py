@@ -22,5 +22,5 @@ def share_number(grid: Grid, data_grid: Grid) -> int:
 
 def own_microbatches(batch: Batch, grid: Grid, data_grid: Grid, cfg: Config) -> list[Batch]:
     """`own_share` in microbatches as the recipe asks for them."""
-    size, _ = microbatches(cfg, grid.axes, grid.model_size * grid.dp_size)
-    return own_share(batch, grid, data_grid).split(size)
+    _, passes = microbatches(cfg, grid.axes, grid.model_size * grid.dp_size)
+    return own_share(batch, grid, data_grid).in_parts(passes)

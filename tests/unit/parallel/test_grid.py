@@ -19,7 +19,7 @@ def _places(this: Runtime) -> dict[str, object]:
     grid = build_grid(AxesSection(tp=2), this)
     groups = {
         name: dist.get_process_group_ranks(getattr(grid.groups, name))
-        for name in ("tp", "dp", "dp_cp", "mp", "pp", "embd", "pos_embd", "intra_dist_opt", "expt_dp", "ep")
+        for name in ("tp", "dp", "dp_cp", "mp", "pp", "intra_dist_opt", "expt_dp", "ep")
     }
     return {"place": (grid.tp_rank, grid.dp_rank, grid.tp_size, grid.dp_size, grid.pp_size), "groups": groups}
 
@@ -29,7 +29,7 @@ def test_neighbours_differ_in_tp() -> None:
     results = run_ranks(_places, 4)
     assert [r["place"] for r in results] == [(0, 0, 2, 2, 1), (1, 0, 2, 2, 1), (0, 1, 2, 2, 1), (1, 1, 2, 2, 1)]
     assert results[3]["groups"] == {
-        "tp": [2, 3], "dp": [1, 3], "dp_cp": [1, 3], "mp": [2, 3], "pp": [3], "embd": [3], "pos_embd": [3],
+        "tp": [2, 3], "dp": [1, 3], "dp_cp": [1, 3], "mp": [2, 3], "pp": [3],
         "intra_dist_opt": [0, 1, 2, 3], "expt_dp": [1, 3], "ep": [3],
     }  # fmt: skip
 
