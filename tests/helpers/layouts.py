@@ -6,7 +6,7 @@ from math import lcm
 from megaeva.config.schema import AxesSection
 
 NUM_SAMPLES = 8
-"""Samples of a global batch."""
+"""Samples of a global batch, unless a layout says otherwise."""
 
 
 _ONE = AxesSection()
@@ -22,6 +22,8 @@ class Layout:
         microbatches: passes of one vision data rank in a step.
         drop_path: 0 where the passes are compared with fewer, larger ones.
         distributed_optimizer, overlap: of gradients and of parameters; as in the recipe.
+        num_samples: of a global batch.
+        num_layers, num_heads: of the vision tower, whose widths follow the heads.
         plain_blocks: a single process that stands for this many data blocks and seeds its passes as they would; it
             computes the step by definition, without schedules (`parallel_runs.plain_step`). None: the product's step.
     """
@@ -34,6 +36,9 @@ class Layout:
     distributed_optimizer: bool = False
     overlap: bool = False
     drop_path: float = 0.1
+    num_samples: int = NUM_SAMPLES
+    num_layers: int = 4  # enough for pp=2 with vpp=2
+    num_heads: int = 4
     plain_blocks: int | None = None
 
     @property
@@ -49,10 +54,11 @@ class Layout:
     @property
     def reference(self) -> "Layout":
         """The single process to compare with: the same passes, or one pass where nothing is random."""
+        sizes = {name: getattr(self, name) for name in ("num_samples", "num_layers", "num_heads")}
         if self.drop_path == 0.0:
-            return Layout("one batch", drop_path=0.0, plain_blocks=1)
+            return Layout("one batch", drop_path=0.0, plain_blocks=1, **sizes)
         name = f"{self.num_blocks} x {self.num_passes // self.num_blocks} passes"
-        return Layout(name, microbatches=self.num_passes, plain_blocks=self.num_blocks)
+        return Layout(name, microbatches=self.num_passes, plain_blocks=self.num_blocks, **sizes)
 
 
 def _axes(tp: int = 1, pp: int = 1, vpp: int = 1, **other: object) -> AxesSection:
@@ -94,4 +100,6 @@ LAYOUTS = (
     Layout("tp2_sp_dp2", 4, _SP2, _SP2, distributed_optimizer=True),
     Layout("pp2_vpp2_dp2_accumulate2", 4, _axes(pp=2, vpp=2), microbatches=2, distributed_optimizer=True),
     Layout("dp4", 4, distributed_optimizer=True, overlap=True),
+    Layout("pp4_accumulate4", 4, _axes(pp=4), microbatches=4),
+    Layout("pp4_vpp2_accumulate4", 4, _axes(pp=4, vpp=2), microbatches=4, num_layers=8),
 )

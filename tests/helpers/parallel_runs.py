@@ -17,7 +17,6 @@ from megaeva.config.schema import (
     Config,
     MaskSection,
     MIMSection,
-    ModelSection,
     OptimSection,
     ParallelSection,
     TeacherSection,
@@ -36,7 +35,7 @@ from megaeva.parallel.shards import full_shape, slice_full
 from megaeva.parallel.wrap import Tower, finish_parameter_gather, reduce_gradients, zero_gradients
 from megaeva.tasks.contrastive import Contrastive
 from megaeva.tasks.mim import MIM
-from tests.helpers.layouts import NUM_SAMPLES, Layout
+from tests.helpers.layouts import Layout
 from tests.helpers.tiny import random_state, tiny
 from tests.helpers.toy_towers import whole_tensors
 
@@ -77,7 +76,13 @@ class Case:
 def make_recipe(case: Case) -> Config:
     """A recipe the product accepts: AdamW at lr 1e-3 falling as a cosine over the run, layer decay, clipping that
     binds in most steps."""
-    layout, model = case.layout, tiny(case.variant, num_layers=4)  # enough layers for pp=2 with vpp=2
+    layout = case.layout
+    heads = {
+        "num_heads": layout.num_heads,
+        "hidden_size": 8 * layout.num_heads,
+        "ffn_hidden_size": 11 * layout.num_heads,
+    }
+    model = tiny(case.variant, num_layers=layout.num_layers, **heads)
     vision = model.vision.model_copy(update={"patch_dropout": 0.5, "drop_path": layout.drop_path})
     mim = case.task == "mim"
     second = "teacher" if mim else "text"
@@ -96,9 +101,9 @@ def make_recipe(case: Case) -> Config:
         ),
         optim=OptimSection(vision=TowerOptimSection(lr=1e-3, layer_decay=0.9), clip_grad_norm=0.5),
         train=TrainSection(
-            total_samples=NUM_STEPS * NUM_SAMPLES,
-            global_batch_size=NUM_SAMPLES,
-            micro_batch_size=NUM_SAMPLES // layout.num_passes,
+            total_samples=NUM_STEPS * layout.num_samples,
+            global_batch_size=layout.num_samples,
+            micro_batch_size=layout.num_samples // layout.num_passes,
             precision=case.precision,
         ),
     )
@@ -106,24 +111,24 @@ def make_recipe(case: Case) -> Config:
     return cfg
 
 
-def whole_batch(model: ModelSection, task: str, step: int) -> Batch:
+def whole_batch(cfg: Config, step: int) -> Batch:
     """The global batch of a step: captions of all lengths, half of the patches dropped, ragged masks."""
     generator = torch.Generator().manual_seed(1000 + step)
-    vision, text = model.vision, model.text
-    token_BL = torch.randint(1, text.vocab_size - 1, (NUM_SAMPLES, text.context_length), generator=generator)
-    for row, length in enumerate(torch.randint(2, text.context_length, (NUM_SAMPLES,), generator=generator)):
+    vision, text, num_samples = cfg.model.vision, cfg.model.text, cfg.train.global_batch_size
+    token_BL = torch.randint(1, text.vocab_size - 1, (num_samples, text.context_length), generator=generator)
+    for row, length in enumerate(torch.randint(2, text.context_length, (num_samples,), generator=generator)):
         token_BL[row, length] = text.vocab_size - 1  # end of text: the largest id
         token_BL[row, length + 1 :] = 0
     kept = vision.num_patches // 2
-    order = torch.rand(NUM_SAMPLES, vision.num_patches, generator=generator).argsort(1)
+    order = torch.rand(num_samples, vision.num_patches, generator=generator).argsort(1)
     # From 1 masked patch to half of them.
-    mask_BN = order < torch.linspace(1, kept, NUM_SAMPLES).int()[:, None]
+    mask_BN = order < torch.linspace(1, kept, num_samples).int()[:, None]
     return Batch(
-        image_BCHW=torch.randn(NUM_SAMPLES, 3, vision.image_size, vision.image_size, generator=generator),
-        keys=tuple(map(str, range(NUM_SAMPLES))),
-        token_BL=token_BL if task == "contrastive" else None,
-        mask_BN=mask_BN if task == "mim" else None,
-        keep_BK=order[:, :kept] if task == "contrastive" else None,
+        image_BCHW=torch.randn(num_samples, 3, vision.image_size, vision.image_size, generator=generator),
+        keys=tuple(map(str, range(num_samples))),
+        token_BL=token_BL if cfg.task == "contrastive" else None,
+        mask_BN=mask_BN if cfg.task == "mim" else None,
+        keep_BK=order[:, :kept] if cfg.task == "contrastive" else None,
     )
 
 
@@ -210,10 +215,10 @@ def run_case(runtime: Runtime, case: Case) -> Run:
             block, number = divmod(index, passes_of_block)
             seed_pass(SEED, step, number, first_block + block)
 
-        batch = whole_batch(cfg.model, case.task, step).split(NUM_SAMPLES // task.grid.dp_size)[task.grid.dp_rank]
+        batch = whole_batch(cfg, step).split(layout.num_samples // task.grid.dp_size)[task.grid.dp_rank]
         learning_rate.set(step)
         if layout.plain_blocks:
-            losses.append(plain_step(task, batch.split(NUM_SAMPLES // layout.num_passes), seed))
+            losses.append(plain_step(task, batch.split(layout.num_samples // layout.num_passes), seed))
         else:
             losses.append(task.step(batch, seed).item())
         if step == 0 and not layout.distributed_optimizer:
