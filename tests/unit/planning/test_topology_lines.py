@@ -116,3 +116,10 @@ def test_a_teacher_is_counted_where_it_is(tmp_path: Path) -> None:
     broken = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update={"teacher": axes})})
     with pytest.raises(ConfigError, match=r"parallel.teacher.tp=5 must divide the teacher's num_heads=16"):
         topology_lines(broken, 40)
+
+
+def test_stages_that_only_wait_are_said() -> None:
+    parallel = {"vision": {"pp": 2}}
+    assert not any("wait" in line for line in topology_lines(config(parallel=parallel, batch=8, micro=4), 2))
+    (line,) = [line for line in topology_lines(config(parallel=parallel, batch=8, micro=8), 2) if "wait" in line]
+    assert line == "vision: its stages wait for each other in a step of one microbatch"
