@@ -23,7 +23,7 @@ help:
 	@echo "make demo        data, teacher, student, evaluation and a report, in runs/demo"
 	@echo "make test        every test that needs no GPU"
 	@echo "make test-fast   unit and kernel tests, without the slow ones"
-	@echo "make parity      20 steps of every layout, model and task beside a single process, as a table (ten minutes)"
+	@echo "make parity      20 steps of every layout, model and task beside a single process, as a table (six minutes)"
 	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
 	@echo "make bench       the native operators beside plain PyTorch"
 	@echo "make bench-step  a training step beside plain PyTorch, and beside uncut captions (ten minutes)"

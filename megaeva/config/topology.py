@@ -37,6 +37,16 @@ def step_axes(cfg: Config) -> dict[str, AxesSection]:
     return {"vision": cfg.parallel.vision, "text": cfg.parallel.text}
 
 
+def grid_axes(cfg: Config) -> dict[str, AxesSection]:
+    """The axes of every grid of a run: those of `step_axes`, "data" and, beside a text tower, "scale".
+
+    "data" has the data blocks (see `sharing_ranks`) as its data ranks and the ranks of a block as its tp; the logit
+    scale is whole on every rank.
+    """
+    axes = step_axes(cfg) | {"data": AxesSection(tp=sharing_ranks(cfg))}
+    return axes | {"scale": AxesSection()} if cfg.task == "contrastive" else axes
+
+
 def data_ranks(axes: AxesSection, world_size: int) -> int:
     """Copies of a tower on these axes, each with its own share of the batch; 0 if there are too few processes."""
     return world_size // (axes.tp * axes.pp)

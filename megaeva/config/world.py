@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megaeva.config.layout import text_tp_choices, vision_tp_choices
 from megaeva.config.problem import divisors
 from megaeva.config.schema import AxesSection, Config
-from megaeva.config.topology import PARALLEL_KEYS, data_ranks, sharing_ranks, step_axes
+from megaeva.config.topology import PARALLEL_KEYS, data_ranks, microbatches, sharing_ranks, step_axes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def world_fault(cfg: Config, world_size: int) -> Fault | None:
             f"train.micro_batch_size={micro} must divide the {share} samples of a {name} data rank "
             f"(train.global_batch_size={batch} / ({world_size} processes / {_size(name, axes)}))",
         )
-    count = share // (micro or share)
+    _, count = microbatches(cfg, axes, world_size)
     if axes.vpp > 1 and count % axes.pp:
         return Fault(
             "microbatch",

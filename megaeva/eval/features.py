@@ -15,7 +15,7 @@ from megaeva.data.evaluation import EvalBatch, eval_batches
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.data.transforms import MEAN, STD
 from megaeva.errors import DataError
-from megaeva.parallel.collectives import gather_objects
+from megaeva.parallel.collectives import gather_or_raise
 from megaeva.parallel.grid import Grid
 
 
@@ -142,22 +142,21 @@ def agreed(batches: Iterable[EvalBatch], grid: Grid) -> Iterator[EvalBatch]:
             batch = next(iterator, None)
         except Exception as caught:
             error = caught
-        mine = (batch.keys if batch is not None else None, error and f"{type(error).__name__}: {error}")
-        block = gather_objects(mine, grid.groups.tp)
-        if error is not None:
-            raise error
-        for rank, (keys, text) in enumerate(block):
-            if text:
-                raise DataError(f"rank {rank} of this data block failed while reading: {text}")
-            if keys != mine[0]:
+        mine = batch.keys if batch is not None else None
+        for rank, keys in enumerate(gather_or_raise(mine, error, _failed_to_read, grid.groups.tp)):
+            if keys != mine:
                 raise DataError(
                     f"rank {rank} of this data block has read {_samples(keys)} of the evaluation set where rank "
-                    f"{grid.tp_rank} has read {_samples(mine[0])}; all must read the same shards: compare the files of "
+                    f"{grid.tp_rank} has read {_samples(mine)}; all must read the same shards: compare the files of "
                     f"eval.retrieval and eval.zero_shot between the nodes."
                 )
         if batch is None:
             return
         yield batch
+
+
+def _failed_to_read(rank: int, text: str) -> DataError:
+    return DataError(f"rank {rank} of this data block failed while reading: {text}")
 
 
 def _samples(keys: tuple[str, ...] | None) -> str:
@@ -180,14 +179,13 @@ def gather_shares(share: Any, error: Exception | None, grid: Grid) -> list[Any]:
 
     All data ranks call it.
     """
-    mine = (share, error and f"{type(error).__name__}: {error}")
-    shares = gather_objects(mine, grid.groups.dp) if grid.dp_size > 1 else [mine]
-    if error is not None:
-        raise error
-    for rank, (_, text) in enumerate(shares):
-        if text:
-            raise DataError(f"data rank {rank} failed while evaluating: {text}")
-    return [share for share, _ in shares]
+    if grid.dp_size == 1:
+        if error is not None:
+            raise error
+        return [share]
+    return gather_or_raise(
+        share, error, lambda rank, text: DataError(f"data rank {rank} failed while evaluating: {text}"), grid.groups.dp
+    )
 
 
 def _encode(tower: Any, input_BX: Tensor, device: torch.device, batch_size: int) -> Tensor:

@@ -57,8 +57,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
     cfg = load(home / "config.yaml", [*overrides, *layout])
     # Imported here: mistakes above are told before torch and Megatron-core are loaded.
     from megaeva.checkpoint.weights import load_weights
-    from megaeva.config.schema import AxesSection
-    from megaeva.config.topology import sharing_ranks, step_axes
+    from megaeva.config.topology import grid_axes
     from megaeva.eval.harness import evaluate
     from megaeva.model import build_clip
     from megaeva.parallel.grid import build_grids
@@ -66,8 +65,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
 
     runtime = start(cfg.platform, cfg.train.timeout_minutes)
     try:
-        axes = step_axes(cfg) | {"scale": AxesSection(), "data": AxesSection(tp=sharing_ranks(cfg))}
-        grids = build_grids(axes, runtime)
+        grids = build_grids(grid_axes(cfg), runtime)
         model = build_clip(
             cfg.model,
             vision_grid=grids["vision"],

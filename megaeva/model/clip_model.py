@@ -9,11 +9,10 @@ from megaeva.config.schema import LogitScaleSection, ModelSection
 from megaeva.data.batch import Batch
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
+from megaeva.model.staged import forward_staged
 from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import Grid
-from megaeva.parallel.schedule import Part, forward_rows
-from megaeva.parallel.wrap import Tower
 
 
 class LogitScale(MegatronModule):
@@ -50,20 +49,20 @@ class CLIPModel(nn.Module):
 
         With pipeline stages no gradient is kept.
         """
-        grid, embed_dim = self.vision.grid, self.vision.embed_dim
-        assert embed_dim is not None
-        if grid.pp_size == 1:
+        if self.vision.grid.pp_size == 1:
             image_BE: Tensor = self.vision(image_BCHW)
             return image_BE
-        batch = Batch.of_images(image_BCHW).padded(grid.pp_size)
-        part = Part(
-            Tower("vision", self.vision, self.vision, grid),
-            batch.split(len(batch) // grid.pp_size),
+        embed_dim = self.vision.embed_dim
+        assert embed_dim is not None
+        rows_BE = forward_staged(
+            "vision",
+            self.vision,
+            self.vision,
+            Batch.of_images(image_BCHW),
             lambda part, hidden, chunk: self.vision(part.image_BCHW, hidden=hidden, chunk=chunk),
-            num_stage_tokens=self.vision.num_stage_tokens(None),
-            embed_dim=embed_dim,
+            embed_dim,
         )
-        return forward_rows(part, len(batch))[: len(image_BCHW)]
+        return rows_BE[: len(image_BCHW)]
 
     def encode_text(self, token_BL: Tensor) -> Tensor:
         """Returns text_BE, not normalised."""

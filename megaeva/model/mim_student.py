@@ -12,10 +12,9 @@ from megaeva.data.batch import Batch
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
 from megaeva.model.sequence import gather_tokens
+from megaeva.model.staged import forward_staged
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import Grid
-from megaeva.parallel.schedule import Part, forward_rows
-from megaeva.parallel.wrap import Tower
 
 
 class MIMStudent(MegatronModule):
@@ -83,19 +82,17 @@ class MIMStudent(MegatronModule):
     @torch.no_grad()
     def predict(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
         """Returns predicted_ME without gradient, on every rank of the student's stages; all of them call it."""
-        grid = self.vision.grid
-        if grid.pp_size == 1:
+        if self.vision.grid.pp_size == 1:
             predicted_ME: Tensor = self(image_BCHW, mask_BN)
             return predicted_ME
-        batch = replace(Batch.of_images(image_BCHW), mask_BN=mask_BN).padded(grid.pp_size)
-        part = Part(
-            Tower("student", self, self, grid),
-            batch.split(len(batch) // grid.pp_size),
+        return forward_staged(
+            "student",
+            self,
+            self.vision,
+            replace(Batch.of_images(image_BCHW), mask_BN=mask_BN),
             lambda part, hidden, chunk: self(part.image_BCHW, part.mask_BN, hidden=hidden, chunk=chunk),
-            num_stage_tokens=self.vision.num_stage_tokens(None),
-            embed_dim=self.teacher_dim,
+            self.teacher_dim,
         )
-        return forward_rows(part, int(mask_BN.sum()))
 
     def _masked(self, patch_NBD: Tensor, mask_BN: Tensor) -> Tensor:
         share = self.stop_grad_patch_embed

@@ -1,6 +1,6 @@
 """Small collectives of the training loop: agreement on flags, sums, and errors that every rank learns about."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,17 +77,28 @@ def broadcast_object(value: T) -> T:
     return gather_objects(value)[0]
 
 
+def gather_or_raise(
+    value: T, error: Exception | None, failed: Callable[[int, str], Exception], group: dist.ProcessGroup | None = None
+) -> list[T]:
+    """`gather_objects` if no rank of `group` has an error; otherwise raise on every one. All its ranks must call it.
+
+    The failing rank raises its own error, the others `failed(rank in the group, the error in words)`.
+    """
+    gathered = gather_objects((value, None if error is None else f"{type(error).__name__}: {error}"), group)
+    if error is not None:
+        raise error
+    for rank, (_, text) in enumerate(gathered):
+        if text is not None:
+            raise failed(rank, text)
+    return [value for value, _ in gathered]
+
+
 def raise_together(error: Exception | None, what: str) -> None:
     """Return if no rank has an error; otherwise raise on every rank. All ranks must call it.
 
     The failing rank raises its own error, the others a `RemoteError` that names the rank and quotes it.
     """
-    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise RemoteError(f"rank {rank} failed while {what}: {text}")
+    gather_or_raise(None, error, lambda rank, text: RemoteError(f"rank {rank} failed while {what}: {text}"))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Part(Generic[Sample]):
 
     Attributes:
         tower: what runs; only its name, config and grid are read here.
-        batches: microbatches of one size, at least one.
+        batches: microbatches, at least one; of one size where the tower has stages.
         forward: (microbatch, hidden of the previous stage, chunk) -> hidden [S, B, D] for the next virtual stage, or on
             the last one the tower's output.
         num_stage_tokens: S of the hidden states between stages, before it is cut over tp.

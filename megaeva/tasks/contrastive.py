@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
-from megaeva.config.schema import AxesSection, Config
-from megaeva.config.topology import sharing_ranks, step_axes
+from megaeva.config.schema import Config
+from megaeva.config.topology import grid_axes
 from megaeva.data.batch import Batch
 from megaeva.eval.harness import evaluate
 from megaeva.losses.contrastive import clip_loss, start_gather
@@ -32,8 +32,7 @@ class Contrastive:
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        axes = step_axes(cfg) | {"scale": AxesSection(), "data": AxesSection(tp=sharing_ranks(cfg))}
-        self.grids = build_grids(axes, runtime)
+        self.grids = build_grids(grid_axes(cfg), runtime)
         self.grid = self.grids["data"]
         watch.place(watch.place_of("vision", self.grids["vision"], cfg.model.vision.num_layers))
         self.model = build_clip(

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.weights import load_weights
-from megaeva.config.schema import AxesSection, Config
-from megaeva.config.topology import sharing_ranks, step_axes
+from megaeva.config.schema import Config
+from megaeva.config.topology import grid_axes
 from megaeva.config.validate import check_teacher
 from megaeva.data.batch import Batch
 from megaeva.errors import ConfigError
@@ -37,8 +37,7 @@ class MIM:
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         assert cfg.mim is not None, "config.validate requires it for this task"
         self.cfg, self.runtime = cfg, runtime
-        axes = step_axes(cfg) | {"data": AxesSection(tp=sharing_ranks(cfg))}
-        self.grids = build_grids(axes, runtime)
+        self.grids = build_grids(grid_axes(cfg), runtime)
         self.grid = self.grids["data"]
         watch.place(watch.place_of("student", self.grids["student"], cfg.model.vision.num_layers))
         self.teacher, teacher_dim, report = self._load_teacher(cfg)

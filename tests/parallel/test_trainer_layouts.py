@@ -23,6 +23,7 @@ from megaeva.parallel.runtime import Runtime, start
 from megaeva.trainer import Trainer
 from tests.helpers.parallel_runs import whole_weights
 from tests.helpers.spawn import run_ranks
+from tests.helpers.trainer_recipe import model, trainer_recipe
 
 STEPS, SAVED_AT = 6, 3
 TP2, SP2, PP2 = {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}
@@ -39,36 +40,21 @@ MIM: dict[str, dict[str, Any]] = {
     "student_pp2": {"vision": PP2, "teacher": {}},
     "teacher_tp2_overlap": {"vision": {}, "teacher": TP2, **OVERLAP},
 }
-VISION = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 4, "num_heads": 2, "ffn_hidden_size": 40,
-    "activation": "gelu", "qkv_bias": "qkv", "patch_dropout": 0.25, "drop_path": 0.2,
-}  # fmt: skip
-TEXT = {"context_length": 16, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 64}
+MODEL = model(vision_layers=4, text_layers=2)
 
 
 def recipe(folder: Path, name: str, parallel: dict[str, Any], **other: Any) -> Config:
-    return Config.model_validate(
-        {
-            "task": "contrastive",
-            "run_dir": str(folder / name),
-            "platform": "cpu",
-            "model": {"embed_dim": 16, "vision": VISION, "text": TEXT},
-            "data": {"train": [str(folder / "shards" / "*.tar")], "shuffle_buffer": 8},
-            # With a small epsilon Adam makes lr * sign(gradient) of gradients that are rounding noise.
-            "optim": {"vision": {"lr": 1e-2}, "clip_grad_norm": 1.0, "epsilon": 1e-3},
-            "parallel": parallel,
-            "train": {
-                "total_samples": 8 * STEPS, "global_batch_size": 8, "micro_batch_size": 2,
-                "precision": "fp32", "log_every_steps": 1,
-            },
-            "save": {"every_steps": SAVED_AT, "keep": 3},
-            "eval": {
-                "every_steps": 2, "batch_size": 5,  # divides neither the set nor into two stages
-                "retrieval": {"heldout": {"shards": [str(folder / "heldout" / "*.tar")]}},
-            },
-        }
-        | other
-    )  # fmt: skip
+    sections: dict[str, Any] = {
+        "model": MODEL,
+        # With a small epsilon Adam makes lr * sign(gradient) of gradients that are rounding noise.
+        "optim": {"vision": {"lr": 1e-2}, "clip_grad_norm": 1.0, "epsilon": 1e-3},
+        "save": {"every_steps": SAVED_AT, "keep": 3},
+        "eval": {
+            "every_steps": 2, "batch_size": 5,  # divides neither the set nor into two stages
+            "retrieval": {"heldout": {"shards": [str(folder / "heldout" / "*.tar")]}},
+        },
+    }  # fmt: skip
+    return trainer_recipe(folder, name, STEPS, parallel=parallel, **sections | other)
 
 
 def mim(folder: Path, name: str, parallel: dict[str, Any]) -> Config:
@@ -77,7 +63,7 @@ def mim(folder: Path, name: str, parallel: dict[str, Any]) -> Config:
         name,
         parallel,
         task="mim",
-        model={"embed_dim": 16, "vision": VISION | {"patch_dropout": 0.0}, "text": TEXT},
+        model=MODEL | {"vision": MODEL["vision"] | {"patch_dropout": 0.0}},
         mim={"mask": {"num_masked": 6, "min_block": 2}, "stop_grad_patch_embed": 0.1},
         teacher={"checkpoint": str(folder / "one_rank")},
         optim={"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0, "epsilon": 1e-3},

@@ -14,32 +14,21 @@ from megaeva.parallel.collectives import RemoteError, gather_objects
 from megaeva.parallel.runtime import Runtime
 from megaeva.trainer import Trainer
 from tests.helpers.spawn import run_ranks
+from tests.helpers.trainer_recipe import model, trainer_recipe
 
 STEPS, SAVED_AT, DIES_AT = 6, 3, 5
 
 
 def recipe(folder: Path, name: str) -> Config:
-    vision = {
-        "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 40,
-        "activation": "gelu", "qkv_bias": "qkv", "patch_dropout": 0.25, "drop_path": 0.2,
-    }  # fmt: skip
-    text = {"context_length": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 64}
-    return Config.model_validate(
-        {
-            "task": "contrastive",
-            "run_dir": str(folder / name),
-            "platform": "cpu",
-            "model": {"embed_dim": 16, "vision": vision, "text": text},
-            "data": {"train": [str(folder / "shards" / "*.tar")], "shuffle_buffer": 8},
-            "optim": {"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0},
-            "parallel": {"overlap_grad_reduce": True},
-            "train": {
-                "total_samples": 8 * STEPS, "global_batch_size": 8, "micro_batch_size": 2,
-                "precision": "fp32", "log_every_steps": 1,
-            },
-            "save": {"every_steps": SAVED_AT},
-        }
-    )  # fmt: skip
+    return trainer_recipe(
+        folder,
+        name,
+        STEPS,
+        model=model(vision_layers=2, text_layers=1),
+        optim={"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0},
+        parallel={"overlap_grad_reduce": True},
+        save={"every_steps": SAVED_AT},
+    )
 
 
 class Died(Exception):
