@@ -26,4 +26,16 @@ TORCH_LIBRARY(megaeva, m) {
   m.def(
       "normalize_pack_backward(Tensor grad_packed_2BE, Tensor image_BE, Tensor text_BE, Tensor inverse_norm_2B, "
       "float epsilon) -> (Tensor grad_image_BE, Tensor grad_text_BE)");
+
+  m.def("infonce_forward(Tensor query_BE, Tensor key_GE, Tensor scale) -> (Tensor lse_query_B, Tensor lse_key_G)");
+  m.def(
+      "infonce_backward(Tensor query_BE, Tensor key_GE, Tensor scale, Tensor factor, Tensor lse_query_B, "
+      "Tensor lse_key_G, Tensor pair_query_B, Tensor pair_key_G, int first, float pair_weight, float uniform, "
+      "int key_begin, int key_end, ScalarType dtype) -> (Tensor grad_query_BE, Tensor grad_key_KE, "
+      "Tensor scale_share)");
+  m.def("sigmoid_forward(Tensor query_BE, Tensor key_GE, Tensor scale, Tensor bias, int first) -> Tensor total");
+  m.def(
+      "sigmoid_backward(Tensor query_BE, Tensor key_GE, Tensor scale, Tensor bias, Tensor factor, int first, "
+      "int key_begin, int key_end, ScalarType dtype) -> (Tensor grad_query_BE, Tensor grad_key_KE, "
+      "Tensor scale_share, Tensor bias_share)");
 }

@@ -1,0 +1,270 @@
+"""The contrastive losses in tiles: log-sum-exps, weights and gradients of a logits matrix that is never built.
+
+Logits are l_ij = scale * <query_i, key_j>, plus `bias` for the sigmoid loss, accumulated in float32 (float64 for
+float64 inputs) whatever the dtype of the rows, which need not be normalised. Query i is paired with key `first` + i; a
+pair whose key lies outside the given ones is not there. `scale`, `bias` and `factor` are 0-dim, of the accumulation
+dtype. Nothing here communicates or is differentiable: `megaeva.losses` joins ranks, and forward with backward.
+
+Where the extension has no kernel for the device, `reference` runs: the same tiles in plain PyTorch.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaeva.ops import native_devices
+
+TILE = 1024  # rows and columns of a tile of the reference
+
+_NATIVE_DEVICES: frozenset[str] = native_devices() & frozenset()  # the kernels are on their way
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over rows of `dtype` are kept in: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse_query_B, lse_key_G): log sum_j exp(l_ij) over all keys, and log sum_i exp(l_ij) over these queries.
+
+    One matrix product: both come from the same tile. The accumulation dtype; -inf over nothing.
+    Source: Radford et al. 2021, figure 3.
+    """
+    return _ops(query_BE).infonce_forward(query_BE, key_GE, scale)  # type: ignore[no-any-return]
+
+
+def infonce_backward(
+    query_BE: Tensor,
+    key_GE: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    lse_query_B: Tensor,
+    lse_key_G: Tensor,
+    pair_query_B: Tensor,
+    pair_key_G: Tensor,
+    first: int,
+    pair_weight: float,
+    uniform: float,
+    key_begin: int,
+    key_end: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_query_BE, grad_key_KE, scale_share): two or three matrix products from tiles computed again.
+
+    With w_ij = exp(l_ij - lse_query_i) + exp(l_ij - lse_key_j) - `pair_weight` [j = first + i] - `uniform`:
+    grad_query_i = factor * sum_j w_ij key_j; grad_key_j = factor * sum_i w_ij query_i for the K = key_end - key_begin
+    keys from key_begin on; both in `dtype`, summed in the accumulation dtype. Pairs are subtracted from the weights,
+    not from their products: the difference is small where training ends, and would be lost in rounding.
+
+    scale_share (0-dim) = sum_ij [exp(l_ij - lse_query_i) - uniform] (l_ij - pair_query_i)
+    + exp(l_ij - lse_key_j) (l_ij - pair_key_j). With the pairs' logits, lse_key over all queries of the batch and
+    uniform = (2 - pair_weight) / (number of keys), it sums over all keys and ranks to sum_ij w_ij l_ij, the derivative
+    by the scale's logarithm.
+    """
+    return _ops(query_BE).infonce_backward(  # type: ignore[no-any-return]
+        query_BE, key_GE, scale, factor, lse_query_B, lse_key_G, pair_query_B, pair_key_G,
+        first, pair_weight, uniform, key_begin, key_end, dtype,
+    )  # fmt: skip
+
+
+def sigmoid_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
+    """The sum of log(1 + exp(-z_ij l_ij)), z = 1 for a pair and -1 else (0-dim, the accumulation dtype).
+
+    Source: Zhai et al. 2023 (SigLIP), algorithm 1.
+    """
+    return _ops(query_BE).sigmoid_forward(query_BE, key_GE, scale, bias, first)  # type: ignore[no-any-return]
+
+
+def sigmoid_backward(
+    query_BE: Tensor,
+    key_GE: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    factor: Tensor,
+    first: int,
+    key_begin: int,
+    key_end: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query_BE, grad_key_KE, scale_share, bias_share) for w_ij = sigmoid(l_ij) - [j = first + i].
+
+    Gradients as in `infonce_backward`; scale_share = sum_ij w_ij (l_ij - bias), bias_share = sum_ij w_ij (0-dim).
+    """
+    return _ops(query_BE).sigmoid_backward(  # type: ignore[no-any-return]
+        query_BE, key_GE, scale, bias, factor, first, key_begin, key_end, dtype
+    )
+
+
+def _ops(rows_BE: Tensor) -> Any:
+    native = rows_BE.device.type in _NATIVE_DEVICES and rows_BE.dtype in _DTYPES
+    return torch.ops.megaeva if native else reference
+
+
+# ------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def _infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    wide = accumulate_dtype(query_BE.dtype)
+    lse_query_B = torch.full(query_BE.shape[:1], -torch.inf, dtype=wide, device=query_BE.device)
+    lse_key_G = torch.full(key_GE.shape[:1], -torch.inf, dtype=wide, device=query_BE.device)
+    for rows, query_XE in _tiles(query_BE):
+        for columns, key_YE in _tiles(key_GE):
+            logits_XY = scale * (query_XE.to(wide) @ key_YE.to(wide).T)
+            lse_query_B[rows] = torch.logaddexp(lse_query_B[rows], logits_XY.logsumexp(1))
+            lse_key_G[columns] = torch.logaddexp(lse_key_G[columns], logits_XY.logsumexp(0))
+    return lse_query_B, lse_key_G
+
+
+def _infonce_backward(
+    query_BE: Tensor,
+    key_GE: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    lse_query_B: Tensor,
+    lse_key_G: Tensor,
+    pair_query_B: Tensor,
+    pair_key_G: Tensor,
+    first: int,
+    pair_weight: float,
+    uniform: float,
+    key_begin: int,
+    key_end: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shares = []
+
+    def weigh(logits_XY: Tensor, rows: slice, columns: slice) -> Tensor:
+        by_query_XY = torch.exp(logits_XY - lse_query_B[rows, None]) - uniform
+        by_key_XY = torch.exp(logits_XY - lse_key_G[None, columns])
+        by_query_share = (by_query_XY * (logits_XY - pair_query_B[rows, None])).sum()
+        shares.append(by_query_share + (by_key_XY * (logits_XY - pair_key_G[None, columns])).sum())
+        weight_XY = by_query_XY.add_(by_key_XY)
+        weight_XY.diagonal(first + rows.start - columns.start).sub_(pair_weight)
+        return weight_XY
+
+    grads = _gradients(query_BE, key_GE, scale, None, factor, key_begin, key_end, dtype, weigh)
+    return *grads, torch.stack(shares).sum() if shares else torch.zeros_like(scale)
+
+
+def _sigmoid_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
+    wide = accumulate_dtype(query_BE.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=query_BE.device)
+    for rows, query_XE in _tiles(query_BE):
+        for columns, key_YE in _tiles(key_GE):
+            logits_XY = scale * (query_XE.to(wide) @ key_YE.to(wide).T) + bias
+            logits_XY.diagonal(first + rows.start - columns.start).neg_()
+            total += torch.nn.functional.softplus(logits_XY).sum(dtype=torch.float64)
+    return total.to(wide)
+
+
+def _sigmoid_backward(
+    query_BE: Tensor,
+    key_GE: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    factor: Tensor,
+    first: int,
+    key_begin: int,
+    key_end: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shares = [torch.zeros((2,), dtype=scale.dtype, device=scale.device)]
+
+    def weigh(logits_XY: Tensor, rows: slice, columns: slice) -> Tensor:
+        offset = first + rows.start - columns.start
+        # sigmoid(l) - 1 = -sigmoid(-l), without the difference of two numbers near 1
+        pairs = logits_XY.diagonal(offset)
+        pair_weights = -torch.sigmoid(-pairs)
+        weight_XY = torch.sigmoid(logits_XY)
+        weight_XY.diagonal(offset).copy_(pair_weights)
+        shares.append(torch.stack([(weight_XY * (logits_XY - bias)).sum(), weight_XY.sum()]))
+        return weight_XY
+
+    grads = _gradients(query_BE, key_GE, scale, bias, factor, key_begin, key_end, dtype, weigh)
+    scale_share, bias_share = torch.stack(shares).sum(0)
+    return *grads, scale_share, bias_share
+
+
+def _gradients(
+    query_BE: Tensor,
+    key_GE: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    key_begin: int,
+    key_end: int,
+    dtype: torch.dtype,
+    weigh: Any,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, from the weights that `weigh` makes of each tile of logits."""
+    wide = accumulate_dtype(query_BE.dtype)
+    grad_query_BE = torch.zeros(query_BE.shape, dtype=wide, device=query_BE.device)
+    grad_key_KE = torch.zeros((key_end - key_begin, key_GE.shape[1]), dtype=wide, device=query_BE.device)
+    for rows, query_XE in _tiles(query_BE):
+        for columns, key_YE in _tiles(key_GE):
+            logits_XY = scale * (query_XE.to(wide) @ key_YE.to(wide).T)
+            weight_XY = weigh(logits_XY if bias is None else logits_XY + bias, rows, columns)
+            grad_query_BE[rows].addmm_(weight_XY, key_YE.to(wide))
+            begin, end = max(key_begin, columns.start), min(key_end, columns.stop)
+            if begin < end:
+                own = weight_XY[:, begin - columns.start : end - columns.start]
+                grad_key_KE[begin - key_begin : end - key_begin].addmm_(own.T, query_XE.to(wide))
+    return grad_query_BE.mul_(factor).to(dtype), grad_key_KE.mul_(factor).to(dtype)
+
+
+def _tiles(rows_XE: Tensor) -> list[tuple[slice, Tensor]]:
+    return [
+        (slice(start, min(start + TILE, len(rows_XE))), rows_XE[start : start + TILE])
+        for start in range(0, len(rows_XE), TILE)
+    ]
+
+
+reference = SimpleNamespace(
+    infonce_forward=_infonce_forward,
+    infonce_backward=_infonce_backward,
+    sigmoid_forward=_sigmoid_forward,
+    sigmoid_backward=_sigmoid_backward,
+)
+
+
+# --------------------------------------------------------------------------------------------- shapes for tracing
+
+
+def _fake_infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    _check_shapes(query_BE, key_GE)
+    wide = accumulate_dtype(query_BE.dtype)
+    return query_BE.new_empty(query_BE.shape[0], dtype=wide), query_BE.new_empty(key_GE.shape[0], dtype=wide)
+
+
+def _fake_infonce_backward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    key_begin, key_end, dtype = rest[-3:]
+    return *_fake_gradients(query_BE, key_end - key_begin, dtype), scale.new_empty(())
+
+
+def _fake_sigmoid_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
+    _check_shapes(query_BE, key_GE)
+    return scale.new_empty(())
+
+
+def _fake_sigmoid_backward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    key_begin, key_end, dtype = rest[-3:]
+    return *_fake_gradients(query_BE, key_end - key_begin, dtype), scale.new_empty(()), scale.new_empty(())
+
+
+def _fake_gradients(query_BE: Tensor, num_keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return query_BE.new_empty(query_BE.shape, dtype=dtype), query_BE.new_empty(num_keys, query_BE.shape[1], dtype=dtype)
+
+
+def _check_shapes(query_BE: Tensor, key_GE: Tensor) -> None:
+    torch._check(query_BE.dim() == 2 and key_GE.dim() == 2, lambda: "query_BE and key_GE must be matrices")
+    torch._check(query_BE.shape[1] == key_GE.shape[1], lambda: "query_BE and key_GE must have one width")
+
+
+if _NATIVE_DEVICES:
+    torch.library.register_fake("megaeva::infonce_forward", _fake_infonce_forward)
+    torch.library.register_fake("megaeva::infonce_backward", _fake_infonce_backward)
+    torch.library.register_fake("megaeva::sigmoid_forward", _fake_sigmoid_forward)
+    torch.library.register_fake("megaeva::sigmoid_backward", _fake_sigmoid_backward)
