@@ -21,10 +21,9 @@ std::string built_for() {
 TORCH_LIBRARY(megaeva, m) {
   m.def("built_for() -> str", &built_for);
 
+  m.def("normalize_pack(Tensor image_BE, Tensor? text_BE, float epsilon) -> (Tensor packed, Tensor inverse_norm)");
   m.def(
-      "normalize_pack(Tensor image_BE, Tensor text_BE, float epsilon) -> (Tensor packed_2BE, Tensor inverse_norm_2B)");
-  m.def(
-      "normalize_pack_backward(Tensor grad_packed_2BE, Tensor image_BE, Tensor text_BE, Tensor inverse_norm_2B, "
+      "normalize_pack_backward(Tensor grad_packed, Tensor image_BE, Tensor? text_BE, Tensor inverse_norm, "
       "float epsilon) -> (Tensor grad_image_BE, Tensor grad_text_BE)");
 
   m.def("infonce_forward(Tensor query_BE, Tensor key_GE, Tensor scale) -> (Tensor lse_query_B, Tensor lse_key_G)");

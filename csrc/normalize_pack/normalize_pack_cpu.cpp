@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <type_traits>
 
 #include "common/multiversion.h"
@@ -93,7 +94,7 @@ MEGAEVA_ROWS(half, c10::Half)
 template <typename Params>
 void over_rows(const Params& p, void (*rows)(const Params&, std::int64_t, std::int64_t)) {
   const std::int64_t grain = std::max<std::int64_t>(1, kGrainElements / std::max<std::int64_t>(1, p.width));
-  at::parallel_for(0, 2 * p.batch, grain, [&](std::int64_t begin, std::int64_t end) { rows(p, begin, end); });
+  at::parallel_for(0, p.num_rows, grain, [&](std::int64_t begin, std::int64_t end) { rows(p, begin, end); });
 }
 
 void run_forward(const ForwardParams& p, Scalar scalar) {
@@ -114,13 +115,14 @@ void run_backward(const BackwardParams& p, Scalar scalar) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& image, const at::Tensor& text, double epsilon) {
+std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& image, const std::optional<at::Tensor>& text,
+                                               double epsilon) {
   return forward(image, text, epsilon, run_forward);
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_cpu(const at::Tensor& grad_packed, const at::Tensor& image,
-                                                const at::Tensor& text, const at::Tensor& inverse_norm,
-                                                double epsilon) {
+                                                const std::optional<at::Tensor>& text,
+                                                const at::Tensor& inverse_norm, double epsilon) {
   return backward(grad_packed, image, text, inverse_norm, epsilon, run_backward);
 }
 

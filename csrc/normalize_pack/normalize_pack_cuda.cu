@@ -1,13 +1,14 @@
 // Normalise-and-pack on a GPU: one warp for each row, 16-byte loads where width and alignment allow. Memory bound: the
 // second read of a row hits the cache, so a row costs one read and one write of global memory.
 //
-// No torch header here (see csrc/README.md). tests/kernels/test_normalize_pack_cuda_source.py runs the two device
-// functions on a CPU; on a GPU they have not run.
+// No torch header here (see csrc/README.md). tests/kernels/test_normalize_pack_cuda_source.py runs this source on a CPU;
+// on a GPU it has not run.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "common/kernel.h"
 #include "normalize_pack/params.h"
 
 namespace megaeva::normalize_pack {
@@ -65,7 +66,7 @@ __global__ void forward_kernel(ForwardParams p) {
   using A = Accumulate<T>;
   using V = Vector<T, kLanes>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= 2 * p.batch) return;  // whole warps leave, so the shuffles below see all 32 lanes
+  if (row >= p.num_rows) return;  // whole warps leave, so the shuffles below see all 32 lanes
   const int lane = threadIdx.x % kWarp;
   const std::int64_t num_vectors = p.width / kLanes;
   const V* x = reinterpret_cast<const V*>(row_of<T>(p.image, p.text, p.image_stride, p.text_stride, p.batch, row));
@@ -93,7 +94,7 @@ __global__ void backward_kernel(BackwardParams p) {
   using A = Accumulate<T>;
   using V = Vector<T, kLanes>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= 2 * p.batch) return;
+  if (row >= p.num_rows) return;
   const int lane = threadIdx.x % kWarp;
   const std::int64_t num_vectors = p.width / kLanes;
   const V* x = reinterpret_cast<const V*>(row_of<T>(p.image, p.text, p.image_stride, p.text_stride, p.batch, row));
@@ -137,44 +138,30 @@ bool wide_loads(const BackwardParams& p) {
          aligned(p.grad_image) && aligned(p.grad_text);
 }
 
-}  // namespace
-
-#ifdef __CUDACC__
-namespace {
-
 template <typename Params>
 unsigned num_blocks(const Params& p) {
-  return static_cast<unsigned>((2 * p.batch + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  return static_cast<unsigned>((p.num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
 }
 
 template <typename T>
-int launch(const ForwardParams& p, cudaStream_t stream) {
-  if (wide_loads<T>(p)) {
-    forward_kernel<T, 16 / sizeof(T)><<<num_blocks(p), kWarp * kWarpsPerBlock, 0, stream>>>(p);
-  } else {
-    forward_kernel<T, 1><<<num_blocks(p), kWarp * kWarpsPerBlock, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+int launch_typed(const ForwardParams& p, void* stream) {
+  const auto kernel = wide_loads<T>(p) ? forward_kernel<T, 16 / sizeof(T)> : forward_kernel<T, 1>;
+  return launch(kernel, num_blocks(p), kWarp * kWarpsPerBlock, 0, stream, p);
 }
 
 template <typename T>
-int launch(const BackwardParams& p, cudaStream_t stream) {
-  if (wide_loads<T>(p)) {
-    backward_kernel<T, 16 / sizeof(T)><<<num_blocks(p), kWarp * kWarpsPerBlock, 0, stream>>>(p);
-  } else {
-    backward_kernel<T, 1><<<num_blocks(p), kWarp * kWarpsPerBlock, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+int launch_typed(const BackwardParams& p, void* stream) {
+  const auto kernel = wide_loads<T>(p) ? backward_kernel<T, 16 / sizeof(T)> : backward_kernel<T, 1>;
+  return launch(kernel, num_blocks(p), kWarp * kWarpsPerBlock, 0, stream, p);
 }
 
 template <typename Params>
 int launch_scalar(const Params& p, Scalar scalar, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
   switch (scalar) {
-    case Scalar::kFloat: return launch<float>(p, on);
-    case Scalar::kDouble: return launch<double>(p, on);
-    case Scalar::kBFloat16: return launch<__nv_bfloat16>(p, on);
-    case Scalar::kHalf: return launch<__half>(p, on);
+    case Scalar::kFloat: return launch_typed<float>(p, stream);
+    case Scalar::kDouble: return launch_typed<double>(p, stream);
+    case Scalar::kBFloat16: return launch_typed<__nv_bfloat16>(p, stream);
+    case Scalar::kHalf: return launch_typed<__half>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -188,6 +175,5 @@ int forward_cuda(const ForwardParams& params, Scalar scalar, void* stream) {
 int backward_cuda(const BackwardParams& params, Scalar scalar, void* stream) {
   return launch_scalar(params, scalar, stream);
 }
-#endif  // __CUDACC__
 
 }  // namespace megaeva::normalize_pack

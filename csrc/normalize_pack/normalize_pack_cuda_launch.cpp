@@ -5,12 +5,15 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "normalize_pack/launch.h"
 
 namespace megaeva::normalize_pack {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> forward_gpu(const at::Tensor& image, const at::Tensor& text, double epsilon) {
+std::tuple<at::Tensor, at::Tensor> forward_gpu(const at::Tensor& image, const std::optional<at::Tensor>& text,
+                                               double epsilon) {
   const c10::cuda::CUDAGuard guard(image.device());
   return forward(image, text, epsilon, [](const ForwardParams& params, Scalar scalar) {
     C10_CUDA_CHECK(static_cast<cudaError_t>(
@@ -19,8 +22,8 @@ std::tuple<at::Tensor, at::Tensor> forward_gpu(const at::Tensor& image, const at
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_gpu(const at::Tensor& grad_packed, const at::Tensor& image,
-                                                const at::Tensor& text, const at::Tensor& inverse_norm,
-                                                double epsilon) {
+                                                const std::optional<at::Tensor>& text,
+                                                const at::Tensor& inverse_norm, double epsilon) {
   const c10::cuda::CUDAGuard guard(image.device());
   return backward(grad_packed, image, text, inverse_norm, epsilon, [](const BackwardParams& params, Scalar scalar) {
     C10_CUDA_CHECK(static_cast<cudaError_t>(

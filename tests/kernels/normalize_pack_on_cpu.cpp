@@ -1,43 +1,39 @@
-// The CUDA kernels of csrc/normalize_pack, compiled as C++ against cuda_on_cpu/ and called through ctypes by test_normalize_pack_cuda_source.py.
-// Launch code is left out by the #ifdef __CUDACC__ in the source; what it chooses (grid, block, vector width) is repeated here.
+// The CUDA source of csrc/normalize_pack on the emulator, called through ctypes by test_normalize_pack_cuda_source.py.
 #include "normalize_pack/normalize_pack_cuda.cu"
 
+using namespace megaeva;
 using namespace megaeva::normalize_pack;
 
 namespace {
 
-template <typename T, typename Params, typename Wide, typename Narrow>
-int run(const Params& params, Wide wide, Narrow narrow) {
-  const unsigned num_blocks = (2 * params.batch + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  const bool is_wide = wide_loads<T>(params);
-  if (is_wide) {
-    run_on_cpu(wide, num_blocks, kWarp * kWarpsPerBlock, params);
-  } else {
-    run_on_cpu(narrow, num_blocks, kWarp * kWarpsPerBlock, params);
+template <typename Params>
+bool takes_wide_loads(const Params& params, Scalar scalar) {
+  switch (scalar) {
+    case Scalar::kFloat: return wide_loads<float>(params);
+    case Scalar::kDouble: return wide_loads<double>(params);
+    case Scalar::kBFloat16: return wide_loads<__nv_bfloat16>(params);
+    case Scalar::kHalf: return wide_loads<__half>(params);
   }
-  return is_wide;
+  return false;
 }
 
 }  // namespace
 
-#define EXPORT(NAME, TYPE)                                                                                       \
-  extern "C" int forward_##NAME(const void* image, const void* text, void* packed, void* inverse_norm,           \
-                                std::int64_t image_stride, std::int64_t text_stride, std::int64_t batch,         \
-                                std::int64_t width, double epsilon) {                                            \
-    return run<TYPE>(                                                                                            \
-        ForwardParams{image, text, packed, inverse_norm, image_stride, text_stride, batch, width, epsilon},      \
-        forward_kernel<TYPE, 16 / sizeof(TYPE)>, forward_kernel<TYPE, 1>);                                       \
-  }                                                                                                              \
-  extern "C" int backward_##NAME(const void* grad_packed, const void* image, const void* text,                   \
-                                 const void* inverse_norm, void* grad_image, void* grad_text,                    \
-                                 std::int64_t grad_stride, std::int64_t image_stride, std::int64_t text_stride,  \
-                                 std::int64_t batch, std::int64_t width, double epsilon) {                       \
-    return run<TYPE>(BackwardParams{grad_packed, image, text, inverse_norm, grad_image, grad_text, grad_stride,  \
-                                    image_stride, text_stride, batch, width, epsilon},                           \
-                     backward_kernel<TYPE, 16 / sizeof(TYPE)>, backward_kernel<TYPE, 1>);                        \
-  }
+extern "C" int forward(std::int64_t scalar, std::int64_t* was_wide, const void* image, const void* text, void* packed,
+                       void* inverse_norm, std::int64_t image_stride, std::int64_t text_stride, std::int64_t batch,
+                       std::int64_t num_rows, std::int64_t width, double epsilon) {
+  const ForwardParams params{image,       text,  packed,   inverse_norm, image_stride,
+                             text_stride, batch, num_rows, width,        epsilon};
+  *was_wide = takes_wide_loads(params, static_cast<Scalar>(scalar));
+  return forward_cuda(params, static_cast<Scalar>(scalar), nullptr);
+}
 
-EXPORT(float32, float)
-EXPORT(float64, double)
-EXPORT(bfloat16, __nv_bfloat16)
-EXPORT(float16, __half)
+extern "C" int backward(std::int64_t scalar, std::int64_t* was_wide, const void* grad_packed, const void* image,
+                        const void* text, const void* inverse_norm, void* grad_image, void* grad_text,
+                        std::int64_t grad_stride, std::int64_t image_stride, std::int64_t text_stride,
+                        std::int64_t batch, std::int64_t num_rows, std::int64_t width, double epsilon) {
+  const BackwardParams params{grad_packed, image,        text,        inverse_norm, grad_image, grad_text,
+                              grad_stride, image_stride, text_stride, batch,        num_rows,   width,     epsilon};
+  *was_wide = takes_wide_loads(params, static_cast<Scalar>(scalar));
+  return backward_cuda(params, static_cast<Scalar>(scalar), nullptr);
+}

@@ -56,16 +56,34 @@ def test_error_against_fp64_is_at_most_twice_plain_pytorch(dtype: torch.dtype, w
 def test_gradient_is_the_derivative() -> None:
     image_BE, text_BE = (_draw(seed, 3, 5, dtype=torch.float64).requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(normalize_pack, (image_BE, text_BE))
+    assert torch.autograd.gradcheck(normalize_pack, (image_BE,))
 
 
 @native
+@pytest.mark.parametrize("with_text", [True, False], ids=["pair", "image"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operator_contract(dtype: torch.dtype) -> None:
-    image_BE, text_BE = (_draw(seed, 4, 6, dtype=dtype).requires_grad_() for seed in (0, 1))
+def test_operator_contract(dtype: torch.dtype, with_text: bool) -> None:
+    image_BE = _draw(0, 4, 6, dtype=dtype).requires_grad_()
+    text_BE = _draw(1, 4, 6, dtype=dtype).requires_grad_() if with_text else None
     torch.library.opcheck(torch.ops.megaeva.normalize_pack.default, (image_BE, text_BE, EPSILON))
-    packed_2BE, inverse_norm_2B = torch.ops.megaeva.normalize_pack(image_BE.detach(), text_BE.detach(), EPSILON)
-    backward_arguments = (packed_2BE, image_BE.detach(), text_BE.detach(), inverse_norm_2B, EPSILON)
+    detached = [None if x is None else x.detach() for x in (image_BE, text_BE)]
+    packed, inverse_norm = torch.ops.megaeva.normalize_pack(*detached, EPSILON)
+    backward_arguments = (packed, *detached, inverse_norm, EPSILON)
     torch.library.opcheck(torch.ops.megaeva.normalize_pack_backward.default, backward_arguments)
+
+
+@pytest.mark.parametrize("function", [pytest.param(normalize_pack, marks=native), reference])
+def test_one_modality_alone_is_the_first_half_of_a_pair(function: Callable[..., Tensor]) -> None:
+    wide_BE, text_BE, grad_2BE = _draw(0, 5, 20), _draw(1, 5, 7), _draw(2, 10, 7)
+    for image_BE in (wide_BE[:, 3:10], wide_BE[:0, :7]):
+        num_rows = len(image_BE)
+        pair = _forward_backward(function, image_BE, text_BE[:num_rows], grad_2BE[: 2 * num_rows])
+        leaf = image_BE.detach().clone().requires_grad_()
+        packed_BE = function(leaf)
+        (grad_BE,) = torch.autograd.grad(packed_BE, leaf, grad_2BE[:num_rows])
+        assert packed_BE.shape == image_BE.shape
+        assert torch.equal(packed_BE, pair[0][:num_rows])
+        assert torch.equal(grad_BE, pair[1])
 
 
 @pytest.mark.parametrize("function", [pytest.param(normalize_pack, marks=native), reference])
@@ -142,10 +160,11 @@ def test_only_one_side_needs_a_gradient() -> None:
     [
         (torch.ones(2, 3), torch.ones(3, 3), "one shape"),
         (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64), "must agree"),
-        (torch.ones(6), torch.ones(6), "two matrices"),
+        (torch.ones(6), torch.ones(6), "must be a matrix"),
+        (torch.ones(6), None, "must be a matrix"),
     ],
 )
-def test_mismatched_inputs_are_named(image_BE: Tensor, text_BE: Tensor, expected: str) -> None:
+def test_mismatched_inputs_are_named(image_BE: Tensor, text_BE: Tensor | None, expected: str) -> None:
     with pytest.raises(RuntimeError, match=expected):
         normalize_pack(image_BE, text_BE)
 
@@ -157,7 +176,8 @@ def test_compiles_without_a_graph_break() -> None:
 
     def loss(image_BE: Tensor, text_BE: Tensor) -> Tensor:
         packed_2BE = normalize_pack(image_BE * 2, text_BE + 1)
-        return packed_2BE.square().mul(weight_2BE).sum()
+        packed_BE = normalize_pack(image_BE * 3)
+        return packed_2BE.square().mul(weight_2BE).sum() + packed_BE.mul(weight_2BE[:4]).sum()
 
     compiled = torch.compile(loss, fullgraph=True)
     grads = []
