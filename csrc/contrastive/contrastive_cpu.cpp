@@ -1,0 +1,356 @@
+// The contrastive losses on a CPU: matrix products of tiles (matmul_cpu.h), and one pass over each tile while it is in
+// the cache. Rows are spread over torch's threads in fixed chunks, so the number of threads does not change a bit of a
+// pass; inner loops are vectorised by the compiler for each instruction set (multiversion.h).
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "common/multiversion.h"
+#include "contrastive/launch.h"
+#include "contrastive/matmul_cpu.h"
+
+namespace megaeva::contrastive {
+namespace {
+
+constexpr std::int64_t kChunkRows = 64;  // rows of a tile that one thread takes at a time; with its columns, in L2
+
+// ------------------------------------------------------------------------- functions the compiler can vectorise
+
+MEGAEVA_INLINE double exponential(double x) { return std::exp(x); }
+
+// Within 2 units in the last place of e^x; 0 below the normal numbers. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
+MEGAEVA_INLINE float exponential(float x) {
+  constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float shifted = x * 1.44269504f + rounder;
+  const float n = shifted - rounder;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float series = 1.9875691500e-4f;
+  series = series * r + 1.3981999507e-3f;
+  series = series * r + 8.3334519073e-3f;
+  series = series * r + 4.1665795894e-2f;
+  series = series * r + 1.6666665459e-1f;
+  series = series * r + 5.0000001201e-1f;
+  series = series * (r * r) + r + 1.0f;
+  // 2^(n - 1), doubled afterwards: 2^128 is no float, though e^88.7 is one.
+  const auto exponent = (std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(rounder) + 126u) << 23;
+  const float value = series * std::bit_cast<float>(exponent) * 2.0f;
+  const float bounded = x < -86.6f ? 0.0f : value;
+  return x > 88.7228394f ? std::numeric_limits<float>::infinity() : bounded;  // NaN passes both, and stays
+}
+
+MEGAEVA_INLINE double log1p_below_one(double x) { return std::log1p(x); }
+
+// log(1 + x) for x in [0, 1], to a few units in the last place of small results too: 2 atanh(x / (2 + x)).
+MEGAEVA_INLINE float log1p_below_one(float x) {
+  const float s = x / (2.0f + x), square = s * s;
+  float series = 1.0f / 15;
+  series = series * square + 1.0f / 13;
+  series = series * square + 1.0f / 11;
+  series = series * square + 1.0f / 9;
+  series = series * square + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  return 2.0f * (s + s * square * series);
+}
+
+// What exponents are taken relative to: the maximum, or 0 where that is infinite (as torch.logsumexp).
+template <typename A>
+MEGAEVA_INLINE A finite_or_zero(A maximum) {
+  return maximum - maximum == A(0) ? maximum : A(0);
+}
+
+// exp(from - to) for from <= to, 1 for equal infinities.
+template <typename A>
+MEGAEVA_INLINE A rescale(A from, A to) {
+  return from == to ? A(1) : exponential(from - to);
+}
+
+template <typename A>
+MEGAEVA_INLINE void store(A value, A* out) {
+  *out = value;
+}
+
+MEGAEVA_INLINE void store(float value, c10::BFloat16* out) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  out->x = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// Logits of one row. A loop of its own: fused with a later subtraction the compiler would keep digits that the logit
+// in the forward pass did not have.
+template <typename A>
+MEGAEVA_INLINE void logits_of(const A* product, A scale, A bias, std::int64_t columns, A* logit) {
+#pragma omp simd
+  for (std::int64_t j = 0; j < columns; ++j) logit[j] = product[j] * scale + bias;
+}
+
+// ---------------------------------------------------------------------------------------------------- the passes
+
+// Rows [begin, end) of a tile, at most kChunkRows. column_max and column_sum are this chunk's alone.
+template <typename A>
+MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int64_t begin, std::int64_t end,
+                                         A* column_max, A* column_sum, A* logit) {
+  const A scale = *static_cast<const A*>(p.scale);
+  const A lowest = -std::numeric_limits<A>::infinity();
+  const std::int64_t columns = p.columns;
+  for (std::int64_t j = 0; j < columns; ++j) column_max[j] = lowest, column_sum[j] = 0;
+  A row_max[kChunkRows];
+  for (std::int64_t i = begin; i < end; ++i) {
+    const A* product = static_cast<const A*>(p.product) + i * columns;
+    A maximum = lowest;
+#pragma omp simd reduction(max : maximum)
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const A value = product[j] * scale;
+      maximum = value > maximum ? value : maximum;  // a NaN loses here, and shows in the sums
+      column_max[j] = value > column_max[j] ? value : column_max[j];
+    }
+    row_max[i - begin] = maximum;
+  }
+  for (std::int64_t i = begin; i < end; ++i) {
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, logit);
+    const A reference = finite_or_zero(row_max[i - begin]);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t j = 0; j < columns; ++j) {
+      sum += exponential(logit[j] - reference);
+      column_sum[j] += exponential(logit[j] - finite_or_zero(column_max[j]));
+    }
+    A& running = static_cast<A*>(p.max_query)[i];
+    const A maximum = std::max(running, row_max[i - begin]);
+    p.sum_query[i] = p.sum_query[i] * rescale<double>(running, maximum) +
+                     static_cast<double>(sum) * rescale<double>(row_max[i - begin], maximum);
+    running = maximum;
+  }
+}
+
+// Joins the chunks' columns [begin, end) to the running ones, in the order of the chunks.
+template <typename A>
+MEGAEVA_INLINE void infonce_forward_columns(const InfonceForwardParams& p, std::int64_t begin, std::int64_t end,
+                                            const A* column_max, const A* column_sum, std::int64_t num_chunks) {
+  A* running = static_cast<A*>(p.max_key);
+  for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    const A* chunk_max = column_max + chunk * p.columns;
+    const A* chunk_sum = column_sum + chunk * p.columns;
+#pragma omp simd
+    for (std::int64_t j = begin; j < end; ++j) {
+      const A maximum = chunk_max[j] > running[j] ? chunk_max[j] : running[j];
+      p.sum_key[j] = p.sum_key[j] * rescale(running[j], maximum) +
+                     static_cast<double>(chunk_sum[j]) * rescale(chunk_max[j], maximum);
+      running[j] = maximum;
+    }
+  }
+}
+
+template <typename A, typename W>
+MEGAEVA_INLINE void infonce_backward_rows(const InfonceBackwardParams& p, std::int64_t begin, std::int64_t end,
+                                          A* logit) {
+  const A scale = *static_cast<const A*>(p.scale);
+  const A* lse_key = static_cast<const A*>(p.lse_key);
+  const A* pair_key = static_cast<const A*>(p.pair_key);
+  const A uniform = static_cast<A>(p.uniform);
+  const std::int64_t columns = p.columns;
+  for (std::int64_t i = begin; i < end; ++i) {
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, logit);
+    W* weight = static_cast<W*>(p.weight) + i * columns;
+    const A lse_query = static_cast<const A*>(p.lse_query)[i];
+    const A pair_query = static_cast<const A*>(p.pair_query)[i];
+    A share = 0;
+#pragma omp simd reduction(+ : share)
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const A by_query = exponential(logit[j] - lse_query) - uniform;
+      const A by_key = exponential(logit[j] - lse_key[j]);
+      share += by_query * (logit[j] - pair_query) + by_key * (logit[j] - pair_key[j]);
+      store(by_query + by_key, weight + j);
+    }
+    p.share[i] += share;
+    const std::int64_t j = p.pair + i;
+    if (0 <= j && j < columns) {
+      const A by_query = exponential(logit[j] - lse_query) - uniform;
+      store((by_query + exponential(logit[j] - lse_key[j])) - static_cast<A>(p.pair_weight), weight + j);
+    }
+  }
+}
+
+template <typename A>
+MEGAEVA_INLINE A softplus(A x) {
+  const A magnitude = x < A(0) ? -x : x;
+  return (x > A(0) ? x : A(0)) + (x == x ? log1p_below_one(exponential(-magnitude)) : x);
+}
+
+template <typename A>
+MEGAEVA_INLINE void sigmoid_forward_rows(const SigmoidForwardParams& p, std::int64_t begin, std::int64_t end,
+                                         A* logit) {
+  const A scale = *static_cast<const A*>(p.scale), bias = *static_cast<const A*>(p.bias);
+  const std::int64_t columns = p.columns;
+  for (std::int64_t i = begin; i < end; ++i) {
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, logit);
+    const std::int64_t pair = p.pair + i;
+    if (0 <= pair && pair < columns) logit[pair] = -logit[pair];
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (std::int64_t j = 0; j < columns; ++j) total += softplus(logit[j]);
+    p.total[i] += total;
+  }
+}
+
+template <typename A, typename W>
+MEGAEVA_INLINE void sigmoid_backward_rows(const SigmoidBackwardParams& p, std::int64_t begin, std::int64_t end,
+                                          A* logit) {
+  const A scale = *static_cast<const A*>(p.scale), bias = *static_cast<const A*>(p.bias);
+  const std::int64_t columns = p.columns;
+  for (std::int64_t i = begin; i < end; ++i) {
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, logit);
+    W* weight = static_cast<W*>(p.weight) + i * columns;
+    A scale_share = 0, bias_share = 0;
+    // A pair's weight is -sigmoid(-l): the two signs below turn the one formula into the other, without a difference.
+    const auto over = [&](std::int64_t from, std::int64_t to, A sign) {
+#pragma omp simd reduction(+ : scale_share, bias_share)
+      for (std::int64_t j = from; j < to; ++j) {
+        const A value = sign / (A(1) + exponential(-sign * logit[j]));
+        scale_share += value * (logit[j] - bias);
+        bias_share += value;
+        store(value, weight + j);
+      }
+    };
+    const std::int64_t pair = std::clamp<std::int64_t>(p.pair + i, -1, columns);
+    over(0, std::max<std::int64_t>(pair, 0), A(1));
+    if (0 <= pair && pair < columns) over(pair, pair + 1, A(-1));
+    over(pair + 1, columns, A(1));
+    p.scale_share[i] += scale_share;
+    p.bias_share[i] += bias_share;
+  }
+}
+
+// target_clones needs plain functions, one for each pair of accumulation and weight type.
+#define MEGAEVA_FORWARD(NAME, A)                                                                                     \
+  MEGAEVA_MULTIVERSION void infonce_forward_rows_##NAME(const InfonceForwardParams& p, std::int64_t begin,          \
+                                                        std::int64_t end, A* column_max, A* column_sum, A* logit) { \
+    infonce_forward_rows<A>(p, begin, end, column_max, column_sum, logit);                                          \
+  }                                                                                                                 \
+  MEGAEVA_MULTIVERSION void infonce_forward_columns_##NAME(const InfonceForwardParams& p, std::int64_t begin,       \
+                                                           std::int64_t end, const A* column_max,                   \
+                                                           const A* column_sum, std::int64_t num_chunks) {          \
+    infonce_forward_columns<A>(p, begin, end, column_max, column_sum, num_chunks);                                  \
+  }                                                                                                                 \
+  MEGAEVA_MULTIVERSION void sigmoid_forward_rows_##NAME(const SigmoidForwardParams& p, std::int64_t begin,          \
+                                                        std::int64_t end, A* logit) {                               \
+    sigmoid_forward_rows<A>(p, begin, end, logit);                                                                  \
+  }
+#define MEGAEVA_BACKWARD(NAME, A, W)                                                                                \
+  MEGAEVA_MULTIVERSION void infonce_backward_rows_##NAME(const InfonceBackwardParams& p, std::int64_t begin,        \
+                                                         std::int64_t end, A* logit) {                              \
+    infonce_backward_rows<A, W>(p, begin, end, logit);                                                              \
+  }                                                                                                                 \
+  MEGAEVA_MULTIVERSION void sigmoid_backward_rows_##NAME(const SigmoidBackwardParams& p, std::int64_t begin,        \
+                                                         std::int64_t end, A* logit) {                              \
+    sigmoid_backward_rows<A, W>(p, begin, end, logit);                                                              \
+  }
+MEGAEVA_FORWARD(float, float)
+MEGAEVA_FORWARD(double, double)
+MEGAEVA_BACKWARD(float, float, float)
+MEGAEVA_BACKWARD(double, double, double)
+MEGAEVA_BACKWARD(bfloat16, float, c10::BFloat16)
+#undef MEGAEVA_FORWARD
+#undef MEGAEVA_BACKWARD
+
+// ---------------------------------------------------------------------------------------------------- the engine
+
+std::int64_t chunks_of(std::int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+
+// rows(begin, end, chunk) for each chunk of a tile's rows.
+template <typename Rows>
+void over_chunks(std::int64_t num_rows, Rows rows) {
+  at::parallel_for(0, chunks_of(num_rows), 1, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t chunk = first; chunk < last; ++chunk) {
+      rows(chunk * kChunkRows, std::min((chunk + 1) * kChunkRows, num_rows), chunk);
+    }
+  });
+}
+
+class CpuEngine {
+ public:
+  CpuEngine(const at::Tensor& query, const at::Tensor& key, bool with_gradients)
+      : wide_(wide_type(query.scalar_type())),
+        matmul_(query, key, with_gradients),
+        scratch_(at::empty({3, chunks_of(matmul_.rows()), matmul_.columns()}, wide_options(query))) {}
+
+  std::int64_t rows() const { return matmul_.rows(); }
+  std::int64_t columns() const { return matmul_.columns(); }
+  void set_query(const at::Tensor& query) { matmul_.set_query(query); }
+  void set_key(const at::Tensor& key) { matmul_.set_key(key); }
+  const void* product() { return matmul_.product(); }
+  void* weight() { return matmul_.weight(); }
+  void add_query_gradient(const at::Tensor& grad) { matmul_.add_query_gradient(grad); }
+  void add_key_gradient(std::int64_t begin, const at::Tensor& grad) { matmul_.add_key_gradient(begin, grad); }
+
+  void pass(const InfonceForwardParams& p) {
+    wide_ == at::kDouble ? forward<double>(p, infonce_forward_rows_double, infonce_forward_columns_double)
+                         : forward<float>(p, infonce_forward_rows_float, infonce_forward_columns_float);
+  }
+
+  void pass(const InfonceBackwardParams& p) {
+    backward(p, infonce_backward_rows_double, infonce_backward_rows_float, infonce_backward_rows_bfloat16);
+  }
+
+  void pass(const SigmoidForwardParams& p) {
+    wide_ == at::kDouble ? by_rows<double>(p, sigmoid_forward_rows_double)
+                         : by_rows<float>(p, sigmoid_forward_rows_float);
+  }
+
+  void pass(const SigmoidBackwardParams& p) {
+    backward(p, sigmoid_backward_rows_double, sigmoid_backward_rows_float, sigmoid_backward_rows_bfloat16);
+  }
+
+ private:
+  // One row of scratch for each chunk, in part 0, 1 or 2.
+  template <typename A>
+  A* scratch(std::int64_t part, std::int64_t chunk) {
+    return scratch_.mutable_data_ptr<A>() + (part * chunks_of(rows()) + chunk) * columns();
+  }
+
+  template <typename A, typename Params>
+  void by_rows(const Params& p, void (*pass_rows)(const Params&, std::int64_t, std::int64_t, A*)) {
+    over_chunks(p.rows, [&](std::int64_t begin, std::int64_t end, std::int64_t chunk) {
+      pass_rows(p, begin, end, scratch<A>(0, chunk));
+    });
+  }
+
+  template <typename Params, typename Double, typename Float, typename BFloat16>
+  void backward(const Params& p, Double in_double, Float in_float, BFloat16 to_bfloat16) {
+    if (wide_ == at::kDouble) return by_rows<double>(p, in_double);
+    by_rows<float>(p, matmul_.weight_type() == at::kBFloat16 ? to_bfloat16 : in_float);
+  }
+
+  template <typename A, typename PassRows, typename PassColumns>
+  void forward(const InfonceForwardParams& p, PassRows pass_rows, PassColumns pass_columns) {
+    // Each chunk has its own row of scratch for maxima and sums of columns, packed to the width of this tile.
+    A* const maxima = scratch<A>(1, 0);
+    A* const sums = scratch<A>(2, 0);
+    over_chunks(p.rows, [&](std::int64_t begin, std::int64_t end, std::int64_t chunk) {
+      pass_rows(p, begin, end, maxima + chunk * p.columns, sums + chunk * p.columns, scratch<A>(0, chunk));
+    });
+    at::parallel_for(0, p.columns, 128, [&](std::int64_t begin, std::int64_t end) {
+      pass_columns(p, begin, end, maxima, sums, chunks_of(p.rows));
+    });
+  }
+
+  at::ScalarType wide_;
+  Matmul matmul_;
+  at::Tensor scratch_;  // [3, chunks, columns]
+};
+
+TORCH_LIBRARY_IMPL(megaeva, CPU, m) {
+  m.impl("infonce_forward", &infonce_forward<CpuEngine>);
+  m.impl("infonce_backward", &infonce_backward<CpuEngine>);
+  m.impl("sigmoid_forward", &sigmoid_forward<CpuEngine>);
+  m.impl("sigmoid_backward", &sigmoid_backward<CpuEngine>);
+}
+
+}  // namespace
+}  // namespace megaeva::contrastive
