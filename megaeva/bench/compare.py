@@ -4,7 +4,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -53,13 +53,19 @@ class Comparison:
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], *, device: str, num_rounds: int) -> Comparison:
     """Times both in every round, in turn first, so that a slow spell of the machine meets both. Warm both up before."""
-    ours_ms: list[float] = []
-    peer_ms: list[float] = []
+    return Comparison(*take_turns([ours, peer], device=device, num_rounds=num_rounds))
+
+
+def take_turns(
+    functions: Sequence[Callable[[], object]], *, device: str, num_rounds: int
+) -> tuple[tuple[float, ...], ...]:
+    """Milliseconds of each function in each round; every second round runs them in reverse order."""
+    times_ms: list[list[float]] = [[] for _ in functions]
     for number in range(num_rounds):
-        pair = [(ours, ours_ms), (peer, peer_ms)]
-        for function, times in pair if number % 2 == 0 else reversed(pair):
+        turns = list(zip(functions, times_ms, strict=True))
+        for function, times in turns if number % 2 == 0 else reversed(turns):
             times.append(milliseconds(function, device))
-    return Comparison(tuple(ours_ms), tuple(peer_ms))
+    return tuple(map(tuple, times_ms))
 
 
 def milliseconds(function: Callable[[], object], device: str) -> float:

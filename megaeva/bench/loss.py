@@ -1,0 +1,223 @@
+"""Time, memory and rounding of the contrastive loss with its gradients on one process, beside open_clip's ClipLoss.
+
+Both sides get the same unit rows and return the loss and its derivatives by both matrices and the logarithm of the
+scale. `engine` is our operators alone, so it does what ClipLoss does; `clip_loss` is what training calls: it normalises
+the rows as well, and its peer still does not.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaeva.bench.compare import Comparison, milliseconds, row, take_turns
+from megaeva.bench.loss_errors import error_lines, measure_errors
+from megaeva.bench.loss_memory import Alone, Job, measure_alone
+from megaeva.bench.loss_sides import (
+    SCALE,
+    Features,
+    Outcome,
+    Precision,
+    difference,
+    draw,
+    engine,
+    open_clip_loss,
+    through_normalisation,
+    whole_loss,
+)
+
+Peer = Literal["open_clip", "none"]
+
+# Largest relative difference between sides that compute alike, of the loss and of a gradient's norm. Products of bf16
+# are exact in fp32, so the loss is held to the same; gradients are rounded to bf16, and so may be the weights before.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-2}
+
+_ERRORS_BATCH = 1024  # fp64 products of a larger one take longer than what is benchmarked
+
+
+@dataclass(frozen=True)
+class LossTimes:
+    """What `benchmark_loss` measured; a side's name is one of `loss_sides.SIDES`.
+
+    Attributes:
+        times_ms: of each side and of "products", by round.
+        alone: of each side in a process of its own.
+        losses: of each side, and of "fp32", ClipLoss on the same features in fp32.
+        gradient_difference: the largest between ours and ClipLoss in fp32, relative to the norm.
+    """
+
+    times_ms: dict[str, tuple[float, ...]]
+    alone: dict[str, Alone]
+    losses: dict[str, float]
+    gradient_difference: float
+
+    def report(self, command: str) -> Iterator[str]:
+        """Sentences, and the rows of the log's table of losses, one for each of ours."""
+        off = self.losses["open_clip"] - self.losses["fp32"]
+        yield (
+            f"loss {self.losses['engine']:.5f}, open_clip {self.losses['open_clip']:.5f} ({off:+.2g} to itself in fp32 on "
+            f"the same features); our gradients are within {self.gradient_difference:.1e} of ClipLoss's in fp32"
+        )
+        peer_mib = self.alone["open_clip"].peak_mib
+        for side in ("engine", "clip_loss"):
+            by_peer = Comparison(self.times_ms[side], self.times_ms["open_clip"])
+            by_products = Comparison(self.times_ms[side], self.times_ms["products"])
+            mib = self.alone[side].peak_mib
+            yield (
+                f"{side} {by_peer.ours:.0f} ms, four matrix products alone {by_products.peer:.0f} ms "
+                f"(ours / products {by_products.ours_per_peer}), open_clip {by_peer.peer:.0f} ms: "
+                f"{by_peer.peer_per_ours}x as fast; peak memory beyond inputs and gradients {mib:.0f} MiB, "
+                f"open_clip {peer_mib:.0f} MiB: {100 * mib / peer_mib if peer_mib else math.nan:.1f} %"
+            )
+            yield row(
+                f"`{command}`",
+                side,
+                f"{by_peer.ours:.0f}",
+                f"{by_products.peer:.0f}",
+                f"{by_peer.peer:.0f}",
+                str(by_peer.peer_per_ours),
+                str(by_products.ours_per_peer),
+                f"{mib:.0f}",
+                f"{peer_mib:.0f}",
+            )
+
+
+def benchmark_loss(num_pairs: int, embed_dim: int, *, precision: Precision, num_rounds: int) -> LossTimes:
+    """Times `engine`, `clip_loss`, ClipLoss and four matrix products in turn, after checking that all compute the same.
+
+    Before that each side runs once in a process of its own for its memory.
+    """
+    jobs = {side: _job(side, num_pairs, embed_dim, precision, 1) for side in ("engine", "clip_loss", "open_clip")}
+    alone = {side: measure_alone(job) for side, job in jobs.items()}
+    features = draw(num_pairs, embed_dim, precision=precision)
+    losses, apart = check_sides(features, precision)
+    works: dict[str, Callable[[], object]] = {
+        "engine": lambda: engine(features),
+        "clip_loss": lambda: whole_loss(features),
+        "products": MatrixProducts(features.image_BE, features.text_BE),
+        "open_clip": lambda: open_clip_loss(features),
+    }
+    times = take_turns(list(works.values()), device="cpu", num_rounds=num_rounds)
+    return LossTimes(dict(zip(works, times, strict=True)), alone, losses, apart)
+
+
+def check_sides(features: Features, precision: Precision) -> tuple[dict[str, float], float]:
+    """The loss of each side, and the largest relative difference of a gradient. Runs, and so warms up, all of them.
+
+    The standard is ClipLoss in fp32: in bf16 its logits are bf16, ours are not.
+    """
+    exact = open_clip_loss(features.to(torch.float32))
+    losses = {"fp32": exact.loss.item(), "open_clip": exact.loss.item()}
+    if precision != "fp32":
+        losses["open_clip"] = open_clip_loss(features).loss.item()
+    apart = 0.0
+    checks: dict[str, tuple[Outcome, Outcome]] = {"engine": (engine(features), exact)}
+    checks["clip_loss"] = (whole_loss(features), through_normalisation(exact, features))
+    for side, (ours, expected) in checks.items():
+        loss_apart, gradients_apart = difference(ours, expected)
+        assert loss_apart <= LOSS_TOLERANCE, f"{side}: the loss differs by {loss_apart:.1e} of ClipLoss's"
+        assert gradients_apart <= GRADIENT_TOLERANCE[precision], f"{side}: gradients differ by {gradients_apart:.1e}"
+        losses[side], apart = ours.loss.item(), max(apart, gradients_apart)
+    return losses, apart
+
+
+def size_lines(
+    batches: Sequence[int], embed_dim: int, *, precision: Precision, num_rounds: int, command: str
+) -> Iterator[str]:
+    """Rows of `engine` by itself at each size, in a process each, and how its memory grows."""
+    measured: list[tuple[int, Alone]] = []
+    for num_pairs in batches:
+        alone = measure_alone(_job("engine", num_pairs, embed_dim, precision, num_rounds))
+        measured.append((num_pairs, alone))
+        yield (
+            f"{num_pairs} pairs: {alone.ms:.0f} ms, peak memory beyond inputs and gradients {alone.peak_mib:.1f} MiB; "
+            f"one matrix of logits is {4 * num_pairs**2 / 2**20:.0f} MiB in fp32"
+        )
+        yield row(
+            f"`{command}`", f"engine, {num_pairs} pairs", f"{alone.ms:.0f}", "", "", "", "", f"{alone.peak_mib:.1f}", ""
+        )
+    (first, small), (last, large) = measured[0], measured[-1]
+    if first != last and small.peak_bytes:
+        power = math.log(large.peak_bytes / small.peak_bytes) / math.log(last / first)
+        yield f"from {first} to {last} pairs memory grows as B^{power:.2f}"
+
+
+def accuracy_lines(num_pairs: int, embed_dim: int) -> Iterator[str]:
+    """The table of rounding errors, on at most 1,024 pairs."""
+    num_pairs = min(num_pairs, _ERRORS_BATCH)
+    yield f"error against fp64 with {num_pairs} pairs, fp32, root mean square over draws:"
+    yield from error_lines(measure_errors(num_pairs, embed_dim))
+
+
+def describe(num_pairs: int, embed_dim: int) -> str:
+    """The sizes and the scale, in words."""
+    return f"{num_pairs} pairs of {embed_dim} features, scale {SCALE:.1f}, {torch.get_num_threads()} threads"
+
+
+def _job(side: str, num_pairs: int, embed_dim: int, precision: Precision, num_calls: int) -> Job:
+    return Job(side, num_pairs, embed_dim, precision, num_calls, torch.get_num_threads())
+
+
+# ------------------------------------------------------------------------------------------- the products by themselves
+
+
+class MatrixProducts:
+    """Calling it multiplies as the loss must, no more: image @ text^T twice, weights @ text, weights^T @ image.
+
+    In the features' dtype and in blocks, so that no B x B matrix is kept; each product in blocks of that shape below
+    which was fastest when this was made, so that a loss in tiles has no easier measure than its own tiles.
+    """
+
+    SHAPES = ((512, 512), (1024, 1024), (2048, 2048), (1024, None), (4096, None), (None, 1024), (None, 4096))
+
+    def __init__(self, image_BE: Tensor, text_BE: Tensor) -> None:
+        self.image_BE, self.text_BE = image_BE, text_BE
+        self.grad_image_BE, self.grad_text_BE = torch.zeros_like(image_BE), torch.zeros_like(text_BE)
+        size = len(image_BE)
+        shapes = {(min(rows or size, size), min(columns or size, size)) for rows, columns in self.SHAPES}
+        generator = torch.Generator().manual_seed(1)
+        # One block for every shape, flat: it is written by the logits, so its values stay those of logits.
+        largest = max(rows * columns for rows, columns in shapes)
+        self._block = torch.randn(largest, generator=generator).to(image_BE.dtype)
+        self._products = (self._logits, self._grad_image, self._grad_text)
+        self._shapes = {
+            product: min(sorted(shapes), key=lambda shape: self._pace(product, shape)) for product in self._products
+        }
+
+    def __call__(self) -> None:
+        for product in (self._logits, *self._products):
+            shape = self._shapes[product]
+            for rows in _blocks(len(self.image_BE), shape[0]):
+                for columns in _blocks(len(self.text_BE), shape[1]):
+                    product(rows, columns)
+
+    def _pace(self, product: Callable[[slice, slice], object], shape: tuple[int, int]) -> float:
+        """Milliseconds per multiplication in one block, the best of three."""
+        rows, columns = slice(0, shape[0]), slice(0, shape[1])
+        times = [milliseconds(lambda: product(rows, columns), "cpu") for _ in range(3)]
+        return min(times) / (shape[0] * shape[1])
+
+    def _weights(self, rows: slice, columns: slice) -> Tensor:
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return self._block[: shape[0] * shape[1]].view(shape)
+
+    def _logits(self, rows: slice, columns: slice) -> None:
+        torch.mm(self.image_BE[rows], self.text_BE[columns].T, out=self._weights(rows, columns))
+
+    def _grad_image(self, rows: slice, columns: slice) -> None:
+        _accumulate(self.grad_image_BE[rows], self._weights(rows, columns), self.text_BE[columns], columns.start == 0)
+
+    def _grad_text(self, rows: slice, columns: slice) -> None:
+        _accumulate(self.grad_text_BE[columns], self._weights(rows, columns).T, self.image_BE[rows], rows.start == 0)
+
+
+def _accumulate(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
+    total.addmm_(one, other, beta=0 if is_first else 1)
+
+
+def _blocks(size: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, size)) for start in range(0, size, length)]
