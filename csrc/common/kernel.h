@@ -1,13 +1,13 @@
-// How a kernel declares shared memory and is launched. One source: nvcc compiles it for a GPU, and tests/kernels/simt runs
-// it on a CPU, where every shared element knows its bounds, whether it was written, and who touched it since the last barrier.
+// How a kernel declares shared memory and is launched. One source: nvcc compiles it for a GPU, and tests/kernels/simt
+// runs it on a CPU, where a shared element knows its bounds, whether it was written, and who touched it since a barrier.
 //
 //   MEGAEVA_SHARED(float, tile, 32 * 33);     an array of the block, one-dimensional; the count is a constant
-//   MEGAEVA_DYNAMIC_SHARED(float, tile);      all of the launch's shared_bytes as one array; once in a kernel
+//   MEGAEVA_DYNAMIC_SHARED(float, tile);      all of the launch's shared_bytes (at most 48 KiB) as one array
 //   Shared<float>                             what either is to a device function it is passed to; `tile + n` works
-//   launch(kernel<T>, grid, block, shared_bytes, stream, arguments...)      a cudaError_t, cudaSuccess being 0
+//   launch(kernel<T>, grid, block, shared_bytes, stream, arguments...)     a cudaError_t, 0 being success
 //
-// Read an element into a variable of its type (`const float x = tile[i];`): on a CPU tile[i] is an object that checks, so
-// that `auto`, `&tile[i]` and `tile[i].x` do not compile there.
+// Read an element into a variable of its type (`const float x = tile[i];`): on a CPU tile[i] is an object that checks,
+// so that `auto`, `&tile[i]` and `tile[i].x` do not compile there.
 #pragma once
 
 #include <cuda_runtime_api.h>

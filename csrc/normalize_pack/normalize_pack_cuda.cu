@@ -1,8 +1,8 @@
 // Normalise-and-pack on a GPU: one warp for each row, 16-byte loads where width and alignment allow. Memory bound: the
 // second read of a row hits the cache, so a row costs one read and one write of global memory.
 //
-// No torch header here (see csrc/README.md). tests/kernels/test_normalize_pack_cuda_source.py runs this source on a CPU;
-// on a GPU it has not run.
+// No torch header here (see csrc/README.md). test_normalize_pack_cuda_source.py runs this source on a CPU; on a GPU it
+// has not run.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -19,6 +19,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLAGS = [
     "-std=c++20", "-O1", "-g1", "-Wall", "-shared", "-fPIC", "-fno-gnu-unique",
     "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+    "-U_FORTIFY_SOURCE",  # its longjmp forbids a jump to another stack
 ]  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -99,18 +99,18 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, simt::Where wh
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, simt::Where where = simt::Where::current()) {
-  const int source = simt::lane() ^ lane_mask;
-  return simt::shuffle("__shfl_xor_sync", mask, value, source < simt::segment(width) + width ? source : simt::lane(), where);
+  const int source = simt::lane() ^ lane_mask, end = simt::segment(width) + width;
+  return simt::shuffle("__shfl_xor_sync", mask, value, source < end ? source : simt::lane(), where);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Where where = simt::Where::current()) {
-  const int source = simt::lane() + static_cast<int>(by);
-  return simt::shuffle("__shfl_down_sync", mask, value, source < simt::segment(width) + width ? source : simt::lane(), where);
+  const int source = simt::lane() + static_cast<int>(by), end = simt::segment(width) + width;
+  return simt::shuffle("__shfl_down_sync", mask, value, source < end ? source : simt::lane(), where);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Where where = simt::Where::current()) {
-  const int source = simt::lane() - static_cast<int>(by);
-  return simt::shuffle("__shfl_up_sync", mask, value, source >= simt::segment(width) ? source : simt::lane(), where);
+  const int source = simt::lane() - static_cast<int>(by), begin = simt::segment(width);
+  return simt::shuffle("__shfl_up_sync", mask, value, source >= begin ? source : simt::lane(), where);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = simt::Where::current()) {

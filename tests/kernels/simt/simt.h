@@ -1,14 +1,15 @@
-// A block of CUDA threads on a CPU, for tests. Each thread is a fiber (a stack of its own, switched by hand); fibers run one
-// at a time, so a run is a function of its seed. Seed 0 goes round robin and lets a thread run until it waits; any other
-// seed draws the order of blocks and threads, and interrupts a thread at shared-memory accesses.
+// A block of CUDA threads on a CPU, for tests. Each thread is a fiber (a stack of its own); fibers run one at a time, so
+// a run is a function of its seed. Seed 0 goes round robin and lets a thread run until it waits; any other seed draws the
+// order of blocks and threads, and interrupts a thread at shared-memory accesses.
 //
-// A fault stops the launch and becomes a text: shared memory out of bounds, read before it was written, or touched by two
-// threads with no barrier between; a barrier or warp operation that not everyone reaches; a pointer outside every
-// tensor (simt_build.py puts guard pages around them) or misaligned for its type; an index outside a local array.
+// A fault stops the launch and becomes a text: shared memory out of bounds, read before it was written, or touched by
+// two threads with no barrier between; a barrier or warp operation that not everyone reaches; a pointer past the end of
+// a tensor (simt_build.py puts a guard page there) or misaligned for its type; an index outside a local array.
 //
-// Not modelled: caches, memory order between blocks, timing, and what an undefined intrinsic returns (that is a fault).
+// Blocks run one after another, in one memory, at no modelled speed: races between blocks show only in what they leave.
 #pragma once
 
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -24,6 +25,7 @@
 #include <numeric>
 #include <random>
 #include <source_location>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -58,14 +60,17 @@ struct Wait {
     return operation == other.operation && mask == other.mask && (mask != 0 || where.line() == other.where.line());
   }
   std::string text() const {
-    std::string out = operation;
-    if (mask != 0 && mask != ~0u) out += " (mask " + std::to_string(mask) + ")";
-    return out + " in line " + std::to_string(where.line());
+    std::ostringstream out;
+    out << operation << " in line " << where.line();
+    if (mask != 0) out << " with mask 0x" << std::hex << mask;
+    return out.str();
   }
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t entry;  // where it starts; from then on the jump buffers switch, which make no system call
+  jmp_buf resume;
+  bool started = false;
   uint3 index;
   bool exited = false;
   Wait wait;
@@ -90,7 +95,7 @@ struct Block {
   std::vector<unsigned> warp_epochs;
   std::map<const void*, Array> arrays;
   std::size_t dynamic_shared_bytes = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::minstd_rand random;
   bool shuffled = false;
 };
@@ -105,15 +110,14 @@ inline Fiber& self() { return block->fibers[block->running]; }
 inline void pause() {
   Fiber& fiber = self();
   block->running = -1;
-  swapcontext(&fiber.context, &block->scheduler);
+  if (_setjmp(fiber.resume) == 0) _longjmp(block->scheduler, 1);
 }
 
 // Leaves the launch. Kernels own nothing, so their stacks are simply forgotten; it also works inside a signal handler.
 [[noreturn]] inline void fail(const std::string& what) {
   error = "block " + text(blockIdx) + ", thread " + text(threadIdx) + ": " + what;
   block->running = -1;
-  setcontext(&block->scheduler);
-  __builtin_unreachable();
+  _longjmp(block->scheduler, 1);
 }
 
 // ------------------------------------------------------------------------------------------------------ shared memory
@@ -136,10 +140,9 @@ class Array {
     if (writer.thread < 0) fail("reads " + at(index) + ", which no thread of this block has written");
     if (races(writer, now)) fail("reads " + at(index) + ", which " + other(writer) + " wrote with no barrier between");
     Access& reader = readers_[index * num_warps_ + now.thread / warpSize];
-    const bool same_epoch = reader.thread != -1 && reader.block_epoch == now.block_epoch && reader.warp_epoch == now.warp_epoch;
-    const bool shared = same_epoch && reader.thread != now.thread;
+    const bool together = races(reader, now, now.thread / warpSize);  // harmless, but a later write must see both
     reader = now;
-    if (shared) reader.thread = kSeveral;
+    if (together) reader.thread = kSeveral;
     T value;
     std::memcpy(&value, bytes_.get() + index * sizeof(T), sizeof(T));
     return value;
@@ -152,7 +155,9 @@ class Array {
     if (races(writer, now)) fail("writes " + at(index) + ", which " + other(writer) + " wrote with no barrier between");
     for (int warp = 0; warp < num_warps_; ++warp) {
       const Access& reader = readers_[index * num_warps_ + warp];
-      if (races(reader, now, warp)) fail("writes " + at(index) + ", which " + other(reader) + " read with no barrier between");
+      if (races(reader, now, warp)) {
+        fail("writes " + at(index) + ", which " + other(reader) + " read with no barrier between");
+      }
     }
     writers_[index] = now;
     std::memcpy(bytes_.get() + index * sizeof(T), &value, sizeof(T));
@@ -176,6 +181,7 @@ class Array {
     return {block->running, block->block_epoch, block->warp_epochs[block->running / warpSize]};
   }
 
+  // Whether no barrier lies between an access by a thread of `warp` and this one by another thread.
   static bool races(const Access& before, const Access& now) { return races(before, now, before.thread / warpSize); }
   static bool races(const Access& before, const Access& now, int warp) {
     if (before.thread == -1 || before.thread == now.thread || before.block_epoch != now.block_epoch) return false;
@@ -224,7 +230,7 @@ Shared<T> declare_dynamic_shared(const char* name, const char* function) {
   return declare_shared<T>(&block->dynamic_shared_bytes, name, function, block->dynamic_shared_bytes / sizeof(T));
 }
 
-// --------------------------------------------------------------------------------------------------- barriers and warps
+// -------------------------------------------------------------------------------------------------- barriers and warps
 
 inline void make_ready(int thread) {
   block->fibers[thread].wait = {};
@@ -279,7 +285,7 @@ inline const Lanes& meet(const char* operation, unsigned mask, std::uint64_t val
   Fiber& fiber = self();
   const int thread = block->running;
   fiber.wait = {operation, mask, where};
-  if ((mask >> lane_of(thread) & 1) == 0) fail("calls " + fiber.wait.text() + " with a mask that leaves its own lane out");
+  if ((mask >> lane_of(thread) & 1) == 0) fail("calls " + fiber.wait.text() + ", which leaves its own lane out");
   fiber.posted = value;
   release_warp(thread - lane_of(thread), fiber.wait);
   pause();
@@ -301,13 +307,15 @@ inline void exit_thread() {
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- running a grid
+// ------------------------------------------------------------------------------------------------------ running a grid
 
 // "threads 0-15, 17 wait at __syncthreads in line 40; threads 16 have returned"; threads counted with x fastest.
 inline std::string stuck() {
   std::map<std::string, std::string> groups;
   const int num_threads = static_cast<int>(block->fibers.size());
-  const auto describe = [](const Fiber& fiber) { return fiber.exited ? "have returned" : "wait at " + fiber.wait.text(); };
+  const auto describe = [](const Fiber& fiber) {
+    return fiber.exited ? "have returned" : "wait at " + fiber.wait.text();
+  };
   for (int t = 0; t < num_threads;) {
     const std::string what = describe(block->fibers[t]);
     int last = t;
@@ -327,21 +335,22 @@ inline void fiber_main() {
   (*body)();
   exit_thread();
   block->running = -1;
-  setcontext(&block->scheduler);
+  _longjmp(block->scheduler, 1);
 }
 
-// One stack for each thread of a block, kept from launch to launch; below each a page that an overflow runs into.
+constexpr std::size_t kStackBytes = 64 * 1024, kStackGuardBytes = 256 * 1024;
+
+// One stack for each thread of a block, kept from launch to launch; below each, memory that an overflow runs into.
 inline std::byte* stack_of(int thread) {
-  constexpr std::size_t kBytes = 64 * 1024, kGuard = 4096;
   static std::vector<std::byte*> stacks;
   while (static_cast<int>(stacks.size()) <= thread) {
-    void* memory = mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    mprotect(memory, kGuard, PROT_NONE);
-    stacks.push_back(static_cast<std::byte*>(memory) + kGuard);
+    void* memory =
+        mmap(nullptr, kStackGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mprotect(memory, kStackGuardBytes, PROT_NONE);
+    stacks.push_back(static_cast<std::byte*>(memory) + kStackGuardBytes);
   }
   return stacks[thread];
 }
-constexpr std::size_t kStackBytes = 64 * 1024;
 
 inline void run_block(std::size_t dynamic_shared_bytes) {
   Block here;
@@ -355,11 +364,11 @@ inline void run_block(std::size_t dynamic_shared_bytes) {
   for (int t = 0; t < here.num_live; ++t) {
     const unsigned row = t / blockDim.x;
     here.fibers[t].index = {t % blockDim.x, row % blockDim.y, row / blockDim.y};
-    ucontext_t& context = here.fibers[t].context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack_of(t);
-    context.uc_stack.ss_size = kStackBytes;
-    makecontext(&context, fiber_main, 0);
+    ucontext_t& entry = here.fibers[t].entry;
+    getcontext(&entry);
+    entry.uc_stack.ss_sp = stack_of(t);
+    entry.uc_stack.ss_size = kStackBytes;
+    makecontext(&entry, fiber_main, 0);
     here.ready.push_back(t);
   }
   while (here.num_live > 0 && error.empty()) {
@@ -370,13 +379,17 @@ inline void run_block(std::size_t dynamic_shared_bytes) {
     if (here.shuffled) std::swap(here.ready.front(), here.ready[here.random() % here.ready.size()]);
     here.running = here.ready.front();
     here.ready.pop_front();
-    threadIdx = self().index;
-    swapcontext(&here.scheduler, &self().context);
+    Fiber& fiber = self();
+    threadIdx = fiber.index;
+    if (_setjmp(here.scheduler) != 0) continue;  // a fiber gave way
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.entry);
   }
   block = nullptr;
 }
 
-// While it lives, a hardware fault inside a kernel ends the launch as `fail` does; one outside goes where it went before.
+// While it lives, a hardware fault in a kernel ends the launch as `fail` does; one outside goes where it went before.
 class FaultHandler {
  public:
   FaultHandler() {
@@ -405,23 +418,27 @@ class FaultHandler {
   }
   static void handle(int signal, siginfo_t* info, void*) {
     if (block == nullptr || block->running < 0) return restore();  // it happens again, to the previous handler
-    char address[32];
-    std::snprintf(address, sizeof address, "%p", info->si_addr);
     if (signal == SIGFPE) fail("divides an integer by zero");
     if (signal == SIGILL) fail("uses a pointer misaligned for its type, or an index outside a local array");
-    fail(std::string("touches global memory that belongs to no tensor, at ") + address);
+    const std::byte* stack = stack_of(block->running);
+    if (info->si_addr < stack && info->si_addr >= stack - kStackGuardBytes) fail("outgrew its stack of 64 KiB");
+    std::ostringstream out;
+    out << "touches global memory that belongs to no tensor, at " << info->si_addr;
+    fail(out.str());
   }
 };
 
 // A launch: 0, or 1 when there is an error (this launch's, or an earlier one's since simt_start).
-inline int run_grid(const std::function<void()>& thread_body, dim3 grid, dim3 threads, std::size_t dynamic_shared_bytes) {
+inline int run_grid(const std::function<void()>& thread_body, dim3 grid, dim3 threads,
+                    std::size_t dynamic_shared_bytes) {
   if (!error.empty()) return 1;
   const std::size_t num_threads = std::size_t{threads.x} * threads.y * threads.z;
   const std::size_t num_blocks = std::size_t{grid.x} * grid.y * grid.z;
   if (num_blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || num_threads == 0 ||
       num_threads > 1024 || threads.z > 64 || dynamic_shared_bytes > 48 * 1024) {
     error = "no such launch on a GPU: grid " + text({grid.x, grid.y, grid.z}) + ", block " +
-            text({threads.x, threads.y, threads.z}) + ", " + std::to_string(dynamic_shared_bytes) + " bytes of shared memory";
+            text({threads.x, threads.y, threads.z}) + ", " + std::to_string(dynamic_shared_bytes) +
+            " bytes of shared memory";
     return 1;
   }
   const FaultHandler handler;
@@ -433,7 +450,8 @@ inline int run_grid(const std::function<void()>& thread_body, dim3 grid, dim3 th
   if (seed != 0) std::shuffle(order.begin(), order.end(), std::minstd_rand(static_cast<unsigned>(seed)));
   for (const std::size_t b : order) {
     const std::size_t row = b / grid.x;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(row % grid.y), static_cast<unsigned>(row / grid.y)};
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(row % grid.y),
+                static_cast<unsigned>(row / grid.y)};
     run_block(dynamic_shared_bytes);
     if (!error.empty()) return 1;
   }
