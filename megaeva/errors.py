@@ -46,6 +46,10 @@ class DataError(UserError):
     """Shards, captions or images that cannot be trained on."""
 
 
+class FeatureError(UserError, ValueError):
+    """Features that no contrastive loss can be computed from; raised with the same text on every rank."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 

@@ -112,11 +112,20 @@ def together(what: str) -> Iterator[None]:
     raise_together(error, what)
 
 
-def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the ranks of `group` (None: this process alone), in place. Not differentiable."""
-    if group is not None and group.size() > 1:
-        dist.all_reduce(value, group=group)
-    return value
+def all_logsumexp(value_X: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log sum over the ranks of `group` (None: this process alone) of exp(value), element by element, floating.
+
+    The same bits on every rank, which all call it; not differentiable. NaN on one rank is NaN on all.
+    """
+    if group is None or group.size() == 1:
+        return value_X
+    peak_X = value_X.clone()
+    dist.all_reduce(peak_X, op=dist.ReduceOp.MAX, group=group)
+    # exp(value) itself where no finite peak can be subtracted: -inf - -inf is NaN; and NaN lost by MAX is in the sum.
+    peak_X.masked_fill_(~peak_X.isfinite(), 0)
+    total_X = torch.exp(value_X - peak_X)
+    dist.all_reduce(total_X, group=group)
+    return total_X.log_().add_(peak_X)
 
 
 def broadcast_from_last_stage(value: Tensor, grid: Grid) -> Tensor:
