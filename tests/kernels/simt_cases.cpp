@@ -119,6 +119,16 @@ __global__ void missing_second_barrier(float* y) {
   y[threadIdx.x] = sum;
 }
 
+// Threads [first, second] read an element that `second` then writes. The last warp has passed a barrier of its own.
+__global__ void write_after_read(float* y, unsigned first, unsigned second) {
+  MEGAEVA_SHARED(float, line, 1);
+  if (threadIdx.x == 0) line[0] = 1;
+  __syncthreads();
+  if (threadIdx.x >= 64) __syncwarp();
+  if (threadIdx.x == first || threadIdx.x == second) y[threadIdx.x] = line[0];
+  if (threadIdx.x == second) line[0] = 2;
+}
+
 // Only a schedule can show it: global memory is not tracked.
 __global__ void missing_barrier_in_global_memory(float* scratch, float* y) {
   scratch[threadIdx.x] = threadIdx.x;
@@ -217,6 +227,10 @@ int run_early_return(float* y, int64_t num_live) {
 
 int run_missing_barrier(float* y) { return launch(missing_barrier, 1, kThreads, 0, nullptr, y); }
 int run_missing_second_barrier(float* y) { return launch(missing_second_barrier, 1, kThreads, 0, nullptr, y); }
+int run_write_after_read(float* y, int64_t first, int64_t second) {
+  return launch(write_after_read, 1, kThreads, 0, nullptr, y, static_cast<unsigned>(first),
+                static_cast<unsigned>(second));
+}
 int run_missing_barrier_in_global_memory(float* scratch, float* y) {
   return launch(missing_barrier_in_global_memory, 1, kThreads, 0, nullptr, scratch, y);
 }

@@ -108,6 +108,7 @@ def test_threads_that_returned_do_not_hold_up_a_barrier(cases: Kernels) -> None:
     [
         ("missing_barrier", "y", r"line\[\d+\] of missing_barrier, which (thread .* wrote with no barrier|no thread)"),
         ("missing_second_barrier", "y", r"line\[\d+\] of missing_second_barrier, which .* with no barrier between"),
+        ("write_after_read", ["y", 3, 40], r"line\[0\] of write_after_read, which .* with no barrier between"),
         ("two_writers", "", r"writes flag\[0\] of two_writers, which thread .* wrote with no barrier between"),
         ("shared_index", [1], r"thread \(95, 0, 0\): touches line\[96\] of shared_index; it has 96 elements"),
         ("shared_index", [-1], r"thread \(0, 0, 0\): touches line\[-1\] of shared_index"),
@@ -135,6 +136,23 @@ def test_a_mistake_is_named(cases: Kernels, name: str, arguments: list | str, ex
         assert re.match(r"block \(0, 0, 0\)(, thread \(\d+, 0, 0\))?: ", faults[0])
         assert faults[0] == faults[1]  # a seed is a run
         assert line.isnan().all()  # nothing comes back from a launch that failed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "readers"),
+    [
+        (3, 40, r"thread \(3, 0, 0\)"),
+        (3, 70, r"thread \(3, 0, 0\)"),
+        (40, 41, "other threads"),
+        (70, 71, "other threads"),
+    ],
+)
+def test_a_write_after_a_read_in_order_is_still_a_race(cases: Kernels, first: int, second: int, readers: str) -> None:
+    expected = rf"thread \({second}, 0, 0\): writes line\[0\] of write_after_read, which {readers} read with no barrier"
+    with pytest.raises(KernelFault, match=expected):
+        cases.call("run_write_after_read", _line(), first, second, seed=0)
+    for seed in MANY_SEEDS:
+        cases.call("run_write_after_read", _line(), second, second, seed=seed)  # its own read is no race
 
 
 def test_a_drawn_schedule_shows_what_threads_in_order_hide(cases: Kernels) -> None:
