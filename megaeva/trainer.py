@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from megaeva.checkpoint.layout import read_info
 from megaeva.checkpoint.store import CheckpointStore
@@ -14,7 +15,7 @@ from megaeva.data.batch import Batch
 from megaeva.data.loader import Loader
 from megaeva.data.preflight import preflight
 from megaeva.data.shards import expand_shards
-from megaeva.errors import CheckpointError, UserError
+from megaeva.errors import CheckpointError, FeatureError, UserError
 from megaeva.eval.run import format_results
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
@@ -113,13 +114,16 @@ class Trainer:
         """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
         step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
         rates = self.learning_rate.set(step)
-        loss = self.task.step(batch, lambda index: seed_pass(seed, step, index, data_rank)).item()
+        try:
+            loss = self.task.step(batch, lambda index: seed_pass(seed, step, index, data_rank)).item()
+        except FeatureError as error:  # raised on every rank
+            self._stop_on(str(error), batch)
         if not math.isfinite(loss):
-            self._stop_on("loss", loss, batch)
+            self._stop_on(f"loss={loss}; it must be finite; lower the learning rate or beta2", batch)
         watch.at("the optimizer's step")
         updated, grad_norm = self.optimizer.step()
         if not updated:
-            self._stop_on("grad_norm", grad_norm, batch)
+            self._stop_on(f"grad_norm={grad_norm}; it must be finite; lower the learning rate or beta2", batch)
         self.next_step = step + 1
         figures = {"loss": loss, "grad_norm": float(grad_norm)}
         return figures | {f"lr/{tower}": rate for tower, rate in rates.items()} | self.task.after_step()
@@ -228,17 +232,15 @@ class Trainer:
         elapsed = time.monotonic() - self.last_saved_at
         return bool(every_minutes and self.runtime.is_main and elapsed >= 60 * every_minutes)
 
-    def _stop_on(self, figure: str, value: float, batch: Batch) -> None:
+    def _stop_on(self, fault: str, batch: Batch) -> NoReturn:
         """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
         mine = batch.keys if self.task.grid.tp_rank == 0 else ()  # the other ranks of its data block have the same
         keys = [key for keys in gather_objects(mine) for key in keys]
         name = f"bad_batch_step_{self.next_step}.json"
-        self.record.write_json(name, {"step": self.next_step, figure: str(value), "keys": keys})
+        self.record.write_json(name, {"step": self.next_step, "fault": fault, "keys": keys})
         raise UserError(
-            f"{figure}={value} at step {self.next_step}; it must be finite. Samples {', '.join(keys[:4])}, ... "
-            f"({len(keys)} in all, listed in {self.run_dir / name}). Last good checkpoint: "
-            f"{self.store.newest() or 'none'}. Look at these samples, lower the learning rate or beta2, and continue "
-            f"with --resume."
+            f"step {self.next_step}: {fault}. Samples: {', '.join(keys[:4])}, ... ({len(keys)} in all, listed in "
+            f"{self.run_dir / name}). Last good checkpoint: {self.store.newest() or 'none'}; --resume continues there."
         )
 
     def _save_finished_steps(self) -> None:
