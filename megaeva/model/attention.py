@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megaeva.model.attributes import mark_sharded
 from megaeva.model.linear import no_init
 from megaeva.model.norm import build_inner_norm
-from megaeva.model.rope2d import rotate
+from megaeva.ops.attention import attention
 
 
 @dataclass
@@ -33,20 +33,15 @@ class SelfAttentionSubmodules:
 
 
 class CoreAttention(nn.Module):
-    """scaled_dot_product_attention; mcore's DotProductAttention has no CPU path and materialises the scores."""
+    """`ops.attention`; mcore's DotProductAttention has no CPU path and materialises the scores."""
 
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, causal: bool, num_heads: int) -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.num_heads = causal, num_heads
 
-    def forward(self, query_BASK: Tensor, key_BASK: Tensor, value_BASK: Tensor) -> Tensor:
-        """Returns softmax(q k^T / sqrt(K)) v, [B, A, S, K], in the inputs' dtype."""
-        dtype = query_BASK.dtype
-        if dtype == torch.bfloat16 and query_BASK.device.type == "cpu":
-            # bf16 attention is slow on CPU: 15.9 ms with backward at demo size (64, 6, 17, 32), with these casts 1.9.
-            query_BASK, key_BASK, value_BASK = query_BASK.float(), key_BASK.float(), value_BASK.float()
-        out = F.scaled_dot_product_attention(query_BASK, key_BASK, value_BASK, is_causal=self.causal)
-        return out.to(dtype)
+    def forward(self, qkv_SBX: Tensor, rotary_cos_sin: Tensor | None) -> Tensor:
+        """Returns softmax(q k^T / sqrt(K)) v of all heads, [S, B, A K], in the input's dtype."""
+        return attention(qkv_SBX, self.num_heads, cos_sin=rotary_cos_sin, causal=self.causal)
 
 
 class SelfAttention(MegatronModule):
@@ -81,7 +76,7 @@ class SelfAttention(MegatronModule):
             self.v_bias = nn.Parameter(torch.empty(width // tp_size, dtype=config.params_dtype))
             mark_sharded(self.q_bias, 0)
             mark_sharded(self.v_bias, 0)
-        self.core_attention = build_module(submodules.core_attention)
+        self.core_attention = build_module(submodules.core_attention, num_heads=self.num_heads)
         self.inner_norm = build_inner_norm(submodules.inner_norm, config, width, pg_collection)
         self.linear_proj = build_module(submodules.linear_proj, width, config.hidden_size, bias=True, **shared)
 
@@ -101,21 +96,15 @@ class SelfAttention(MegatronModule):
             num_tokens: of the whole sequence, padding not counted.
             rotary_cos_sin: of `rope2d.gather_angles`, None without RoPE.
         """
-        batch = hidden_SBD.shape[1]
         qkv = self.linear_qkv(hidden_SBD, self._qkv_bias())
         # The linear has gathered the sequence. Without its padding no mask is needed, which flash kernels do not take.
         padding = len(qkv) - num_tokens
         if padding:
             qkv = qkv[:num_tokens]
-        query, key, value = qkv.view(num_tokens, batch, self.num_heads, 3, self.head_width).unbind(3)
-        if rotary_cos_sin is not None:
-            query, key = rotate(query, rotary_cos_sin), rotate(key, rotary_cos_sin)
-        heads_BASK = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
         if self.config.recompute_granularity == "selective" and self.training:
-            out_BASK = checkpoint(self.core_attention, False, *heads_BASK)
+            out = checkpoint(self.core_attention, False, qkv, rotary_cos_sin)
         else:
-            out_BASK = self.core_attention(*heads_BASK)
-        out = out_BASK.permute(2, 0, 1, 3).flatten(2)
+            out = self.core_attention(qkv, rotary_cos_sin)
         if self.inner_norm is not None:
             out = self.inner_norm(out)
         if padding:

@@ -24,7 +24,7 @@ def angle_table(grid_size: int, pretrain_grid: int, head_width: int) -> Tensor:
 
 
 def gather_angles(table: Tensor, keep_BK: Tensor | None) -> Tensor:
-    """Returns cos and sin for each token, [2, S, B or 1, 1, K], in the layout that `rotate` takes.
+    """Returns cos and sin for each token, [2, S, B or 1, 1, K], in the layout that `ops.attention` takes.
 
     Args:
         table: of `angle_table`.
@@ -34,10 +34,3 @@ def gather_angles(table: Tensor, keep_BK: Tensor | None) -> Tensor:
         return table[:, :, None, None, :]
     token_SB = torch.nn.functional.pad(keep_BK + 1, (1, 0)).t()
     return table[:, token_SB].unsqueeze(3)
-
-
-def rotate(x_SBAK: Tensor, cos_sin: Tensor) -> Tensor:
-    """Returns x with each pair of neighbouring dims turned by its token's angle; computed in fp32, in x's dtype."""
-    pairs = x_SBAK.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-    return torch.addcmul(x_SBAK * cos_sin[0], turned, cos_sin[1]).to(x_SBAK.dtype)

@@ -17,11 +17,23 @@ _log = logging.getLogger("megaeva.ops")
 
 
 @cache
-def native_devices() -> frozenset[str]:
+def native_devices(operator: str | None = None) -> frozenset[str]:
     """Device types ("cpu", "cuda") the loaded library has kernels for; empty when it is missing or does not load.
 
     The first call loads the library and, where it cannot, logs one line on rank 0 with the command that builds it.
+
+    Args:
+        operator: also empty, with one line, when the library was built before there was this operator.
     """
+    devices = _load()
+    if devices and operator is not None and not hasattr(torch.ops.megaeva, operator):
+        _say(f"{LIBRARY_PATH} was built from older sources, without {operator}")
+        return frozenset()
+    return devices
+
+
+@cache
+def _load() -> frozenset[str]:
     try:
         if not LIBRARY_PATH.exists():
             raise FileNotFoundError(f"{LIBRARY_PATH} has not been built")
@@ -29,7 +41,10 @@ def native_devices() -> frozenset[str]:
         return frozenset(torch.ops.megaeva.built_for().split(","))
     except (OSError, RuntimeError, AttributeError) as error:
         # OSError is also what a library compiled against another torch gives (an undefined symbol).
-        if os.environ.get("RANK", "0") == "0":
-            reason = str(error).splitlines()[0]
-            _log.warning("plain-PyTorch references run instead of native operators: %s; %s", reason, BUILD_COMMAND)
+        _say(str(error).splitlines()[0])
         return frozenset()
+
+
+def _say(reason: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("plain-PyTorch references run instead of native operators: %s; %s", reason, BUILD_COMMAND)

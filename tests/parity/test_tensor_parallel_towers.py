@@ -180,11 +180,21 @@ def _staged(runtime: Runtime, variants: list[str]) -> dict[str, tuple[dict[str, 
     return {variant: _staged_pass(variant, grid) for variant in variants}
 
 
+def _stage_state(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Weights whose scores are of order one in five layers without a norm before them (18B), too.
+
+    With `random_state` as it is the softmax is saturated, and a relative change of the image by 1e-7 moves 18B's
+    gradients by 5e-5; with these by 4e-6.
+    """
+    state = random_state(shapes)
+    return {name: 0.5 * value if name.endswith("linear_qkv.weight") else value for name, value in state.items()}
+
+
 def _staged_pass(variant: str, grid: Grid) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
     """Output and gradients of two stages of two chunks, the four run one after the other; (told, real) lengths."""
     cfg = tiny(variant, num_layers=5, drop_path=0.5)
     whole = VisionTower(cfg.vision, 20, grid=grid)
-    state = random_state(full_shapes(whole, grid.tp_size))
+    state = _stage_state(full_shapes(whole, grid.tp_size))
     towers = []
     for stage in _stage_grids(grid, vpp=2):
         tower = VisionTower(cfg.vision, 20, grid=stage)
@@ -211,7 +221,7 @@ def test_stages_with_a_cut_sequence_equal_the_single_process() -> None:
     for variant in variants:
         cfg = tiny(variant, num_layers=5, drop_path=0.5)
         tower = VisionTower(cfg.vision, 20, grid=single_grid())
-        load_full(tower, random_state(full_shapes(tower)), single_grid())
+        load_full(tower, _stage_state(full_shapes(tower)), single_grid())
         seed_pass(0, 0, 0, 0)
         image_BE = tower(example_images(cfg), _keep(["drop"]))
         image_BE.square().sum().backward()

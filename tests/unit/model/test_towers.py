@@ -19,7 +19,8 @@ from megaeva.model import (
     set_recompute,
 )
 from megaeva.model.layer import Pass
-from megaeva.model.rope2d import angle_table, gather_angles, rotate
+from megaeva.model.rope2d import angle_table, gather_angles
+from megaeva.ops.attention import rotate
 from megaeva.parallel.runtime import seed_pass
 from tests.helpers.tiny import (
     example_images,
