@@ -21,9 +21,6 @@ std::string built_for() {
 TORCH_LIBRARY(megaeva, m) {
   m.def("built_for() -> str", &built_for);
 
-<<<<<<< ours
-  m.def("normalize_pack(Tensor image_BE, Tensor? text_BE, float epsilon) -> (Tensor packed, Tensor inverse_norm)");
-=======
   // Self-attention from the output of the linear of q, k and v, rotary angles included.
   m.def(
       "attention(Tensor qkv_SBX, Tensor? cos_sin, int num_heads, bool causal) -> (Tensor out_SBD, "
@@ -32,7 +29,7 @@ TORCH_LIBRARY(megaeva, m) {
       "attention_backward(Tensor grad_out_SBD, Tensor qkv_SBX, Tensor? cos_sin, Tensor out_SBD, Tensor log2_sum_BAS, "
       "int num_heads, bool causal) -> Tensor grad_qkv_SBX");
 
->>>>>>> theirs
+  m.def("normalize_pack(Tensor image_BE, Tensor? text_BE, float epsilon) -> (Tensor packed, Tensor inverse_norm)");
   m.def(
       "normalize_pack_backward(Tensor grad_packed, Tensor image_BE, Tensor? text_BE, Tensor inverse_norm, "
       "float epsilon) -> (Tensor grad_image_BE, Tensor grad_text_BE)");
