@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast parity lint format bench bench-loss bench-step bench-demo cuda-check clean
+.PHONY: help demo test test-fast parity lint format bench bench-loss bench-step bench-data bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,7 @@ help:
 	@echo "make bench       the native operators beside plain PyTorch"
 	@echo "make bench-loss  the contrastive loss beside open_clip's, on one process and on two and four (twenty minutes)"
 	@echo "make bench-step  a training step beside plain PyTorch, and beside uncut captions (ten minutes)"
+	@echo "make bench-data  the loader beside webdataset and Pillow (two minutes)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
@@ -69,6 +70,9 @@ bench-loss: $(VENV)/.demo
 bench-step: $(VENV)/.demo
 	$(BIN)/megaeva bench step --peer plain
 	$(BIN)/megaeva bench step --peer padded
+
+bench-data: $(VENV)/.test
+	$(BIN)/megaeva bench data --peer webdataset
 
 cuda-check:
 	@mkdir -p build/cuda-check

@@ -300,6 +300,30 @@ def bench_normalize_pack(
         typer.echo(line)
 
 
+@bench_app.command("data")
+@explained
+def bench_data(
+    peer: Annotated[
+        Literal["webdataset"],
+        typer.Option(help="webdataset: open_clip's pipeline on webdataset, Pillow and torchvision."),
+    ] = "webdataset",
+    variant: Annotated[
+        str, typer.Option(help="A published model, for sizes of images and captions.")
+    ] = "EVA02-CLIP-B-16",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Decoding processes of each side.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Of 20 batches of each side.")] = 7,
+) -> None:
+    """Time the loader on photographs of 512 pixels.
+
+    Writes them to data/bench on the first run (60 MB).
+    """
+    from megaeva.bench.command import run_data
+
+    for line in run_data(variant, batch, peer, workers, rounds):
+        typer.echo(line)
+
+
 @bench_app.command("layouts")
 @explained
 def bench_layouts(

@@ -44,6 +44,22 @@ def run_step(
     yield from times.report(command)
 
 
+def run_data(variant: str, batch: int, peer: Literal["webdataset"], workers: int, rounds: int) -> Iterator[str]:
+    """Yields lines to print: what was measured, and its row for benchmarks/log.md.
+
+    Raises:
+        UserError: an unknown variant, or a package that the benchmark needs is not installed.
+    """
+    model = find_model(variant)
+    from megaeva.bench.data import benchmark_data
+
+    command = (
+        f"megaeva bench data --peer {peer} --variant {variant} --batch {batch} --workers {workers} --rounds {rounds}"
+    )
+    yield command
+    yield from benchmark_data(model, batch_size=batch, num_workers=workers, num_rounds=rounds).report(command)
+
+
 def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: Path) -> bool:
     """Makes what is left of the runs, prints table, rows for benchmarks/log.md and verdict, writes layouts.json.
 

@@ -16,6 +16,7 @@ STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 _ATTEMPTS = 10
 _LONGEST_SIDE = 4  # times the crop; see eval_crop
+_MIN_OVERSIZE = 2  # times the output; see reduced_scale
 
 
 class Crop(NamedTuple):
@@ -26,6 +27,7 @@ class Crop(NamedTuple):
         resized_width, resized_height: pixels, size of the box after resizing.
         offset_left, offset_top: pixels, place of the output window in the resized box.
         flip: mirror left to right.
+        exact: False in training only, where a decoder may trade levels for speed: see decode_pillow.decode_pixels.
     """
 
     left: int
@@ -37,13 +39,15 @@ class Crop(NamedTuple):
     offset_left: int = 0
     offset_top: int = 0
     flip: bool = False
+    exact: bool = True
 
 
 def train_crop(rng: np.random.Generator, width: int, height: int, augment: AugmentSection, image_size: int) -> Crop:
     """A random crop of a `width` x `height` image, resized to `image_size`; a function of `rng` and the arguments.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params: ten attempts with the area uniform in `augment.scale`
-    and the ratio log-uniform in `augment.ratio`, then the largest centred crop within the ratio bounds.
+    and the ratio log-uniform in `augment.ratio`, then the largest centred crop within the ratio bounds. The edges of a
+    box that may be decoded at 1/n of its scale are moved to multiples of n, by n - 1 pixels of the image at most.
     """
     area = width * height
     log_low, log_high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
@@ -58,7 +62,19 @@ def train_crop(rng: np.random.Generator, width: int, height: int, augment: Augme
             crop_width, crop_height = w, h
             break
     flip = augment.horizontal_flip > 0 and rng.random() < augment.horizontal_flip
-    return Crop(left, top, crop_width, crop_height, image_size, image_size, flip=flip)
+    step = reduced_scale(crop_width, crop_height, image_size, image_size)
+    left, top, crop_width, crop_height = (edge - edge % step for edge in (left, top, crop_width, crop_height))
+    return Crop(left, top, crop_width, crop_height, image_size, image_size, flip=flip, exact=False)
+
+
+def reduced_scale(width: int, height: int, resized_width: int, resized_height: int) -> int:
+    """1, 2, 4 or 8: n of the smallest scale 1/n at which a box of an image is still at least twice its resized size.
+
+    Twice is also the default of Pillow's `thumbnail`; nearer to the resized size the blocks' own low-pass filter shows
+    (tests/unit/data/test_decode.py has the levels).
+    """
+    oversize = min(width // (_MIN_OVERSIZE * resized_width), height // (_MIN_OVERSIZE * resized_height))
+    return next((n for n in (8, 4, 2) if n <= oversize), 1)
 
 
 def _centred_within_ratio(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -106,10 +122,7 @@ _SCALE_C11: NDArray[np.float32] = (1 / (255 * np.array(STD))).astype(np.float32)
 _SHIFT_C11: NDArray[np.float32] = (np.array(MEAN) / np.array(STD)).astype(np.float32)[:, None, None]
 
 
-def normalise(pixel_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """`image_BCHW`, fp32: ((pixel / 255) - MEAN) / STD, contiguous."""
-    batch, height, width, channels = pixel_BHWC.shape
-    image_BCHW = np.empty((batch, channels, height, width), dtype=np.float32)
-    np.multiply(pixel_BHWC.transpose(0, 3, 1, 2), _SCALE_C11, out=image_BCHW)
-    image_BCHW -= _SHIFT_C11
-    return image_BCHW
+def normalise(pixel_CHW: NDArray[np.uint8], image_CHW: NDArray[np.float32]) -> None:
+    """Fills `image_CHW`, a sample of a batch, with ((pixel / 255) - MEAN) / STD; the layout of `pixel_CHW` is free."""
+    np.multiply(pixel_CHW, _SCALE_C11, out=image_CHW)
+    image_CHW -= _SHIFT_C11

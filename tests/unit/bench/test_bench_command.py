@@ -26,6 +26,9 @@ def run(*arguments: str) -> Any:
         (("step", "--variant", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
         (("step", "--peer", "padded", "--part", "vision"), "--part vision has no captions"),
         (("normalize-pack", "--num-sample", "8"), "--num-samples"),
+        (("data", "--peer", "plain"), "'plain'"),
+        (("data", "--variant", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("data", "--workers", "0"), "--workers"),
     ],
 )
 def test_what_cannot_be_run_is_explained(arguments: tuple[str, ...], expected: str) -> None:

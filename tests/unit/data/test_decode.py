@@ -9,18 +9,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from megaeva.config.schema import AugmentSection
 from megaeva.data.decode import Decoder, EncodedImage, make_decoder
 from megaeva.data.decode_dali import DaliDecoder, is_complete_jpeg
 from megaeva.data.decode_pillow import BrokenImage, PillowDecoder, decode_pixels, open_image
-from megaeva.data.transforms import MEAN, STD, Crop, eval_crop, normalise, train_crop
+from megaeva.data.transforms import MEAN, STD, Crop, eval_crop, normalise, reduced_scale, train_crop
 
 SIZE = 48
 MAX_PIXELS = 1_000_000
 # Of 255 levels. Pillow rounds and clips between its two passes, DALI does not: seen 0.15-0.20, 4 and 16.
 MEAN_TOLERANCE, P999_TOLERANCE, MAX_TOLERANCE = 0.5, 6.0, 24.0
+# What decoding at reduced scale may change, of 255 levels: seen 0.4-1.05 and 13.
+REDUCED_MEAN, REDUCED_MAX = 1.1, 16
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
@@ -76,6 +79,7 @@ def test_dali_agrees_with_pillow(dali: Decoder, kind: str) -> None:
         train_crop(rng, w, h, augment, SIZE) if kind == "train" else eval_crop(w, h, SIZE, kind)  # type: ignore[arg-type]
         for w, h in sizes
     ]
+    crops = [crop._replace(exact=True) for crop in crops]  # DALI never decodes at reduced scale
     ours, theirs = dali.decode(images, crops), PillowDecoder(SIZE).decode(images, crops)
     assert ours.broken == theirs.broken == {}
     assert ours.image_BCHW.shape == theirs.image_BCHW.shape == (24, 3, SIZE, SIZE)
@@ -179,9 +183,118 @@ def test_train_crop_falls_back_to_the_centre() -> None:
 
 
 def test_normalise_is_torchvisions() -> None:
-    pixel_BHWC = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3)).astype(np.uint8)
-    expected = v2.functional.normalize(torch.from_numpy(pixel_BHWC).permute(0, 3, 1, 2) / 255, list(MEAN), list(STD))
-    torch.testing.assert_close(torch.from_numpy(normalise(pixel_BHWC)), expected, rtol=0, atol=1e-6)
+    pixel_HWC = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    expected = v2.functional.normalize(torch.from_numpy(pixel_HWC).permute(2, 0, 1) / 255, list(MEAN), list(STD))
+    image_CHW = np.empty((3, 5, 4), np.float32)
+    normalise(pixel_HWC.transpose(2, 0, 1), image_CHW)
+    torch.testing.assert_close(torch.from_numpy(image_CHW), expected, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- what training trades for speed
+
+
+@pytest.fixture(scope="module", params=["china.jpg", "flower.jpg"])
+def photograph(request: pytest.FixtureRequest) -> Image.Image:
+    """A real one, 640 x 427: the levels below are properties of photographs."""
+    return Image.fromarray(load_sample_image(request.param))
+
+
+def training(crop: Crop) -> Crop:
+    return crop._replace(exact=False)
+
+
+@pytest.mark.parametrize("box", [(500, 375), (300, 420), (384, 384), (300, 200)], ids=str)
+def test_training_crops_are_resized_as_by_pillow(photograph: Image.Image, box: tuple[int, int]) -> None:
+    """In Pillow's order of before release 13, rows first. 300 x 420 is what Pillow 13 does columns first."""
+    size, (width, height) = 224, box
+    crop = training(Crop(7, 4, width, height, size, size))
+    part = photograph.crop((7, 4, 7 + width, 4 + height))
+    expected = np.asarray(part.resize((size, height), Image.Resampling.BICUBIC).resize((size, size)))
+    ours = decode_pixels(open_image(encode(photograph, "PNG"), MAX_PIXELS), crop, size)
+    difference = np.abs(ours.astype(int) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.01
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_levels_lost_by_decoding_at_reduced_scale(photograph: Image.Image, scale: int, subsampling: int) -> None:
+    """With the box just twice as large as the output, where the loss is largest. It is less than a filter's choice."""
+    side = photograph.height // scale * scale
+    size = side // (2 * scale)
+    assert reduced_scale(side, side, size, size) == scale
+    crop = Crop(8, 0, side, side, size, size)
+    image = open_image(encode(photograph, quality=90, subsampling=subsampling), MAX_PIXELS)
+    ours = decode_pixels(image, training(crop), size).astype(int)
+    assert image.header.size == photograph.size
+    full = decode_pixels(image, crop, size)
+    difference = np.abs(ours - full)
+    assert 0.1 < difference.mean() < REDUCED_MEAN  # above 0.1: it was decoded at that scale
+    assert difference.max() <= REDUCED_MAX
+    lanczos = np.asarray(image.header.crop((8, 0, 8 + side, side)).resize((size, size), Image.Resampling.LANCZOS))
+    assert difference.mean() < np.abs(lanczos.astype(int) - full).mean()
+    # A box that is off by a pixel of the reduced image makes more.
+    moved = decode_pixels(image, crop._replace(left=8 + scale), size)
+    assert difference.mean() < np.abs(moved.astype(int) - full).mean() / 2
+
+
+def test_boxes_fit_the_reduced_scale() -> None:
+    rng = np.random.default_rng(0)
+    augment = AugmentSection(scale=(0.2, 1.0))
+    steps = set()
+    for _ in range(500):
+        width, height = (int(n) for n in rng.integers(20, 1500, 2))
+        crop = train_crop(rng, width, height, augment, SIZE)
+        step = reduced_scale(*crop[2:6])
+        steps.add(step)
+        assert all(edge % step == 0 for edge in crop[:4])
+        assert min(crop.width, crop.height) // step >= 2 * SIZE or step == 1
+        assert crop.left + crop.width <= width and crop.top + crop.height <= height
+    assert steps == {1, 2, 4, 8}
+
+
+def test_a_box_of_the_outputs_size_keeps_its_pixels() -> None:
+    """The demo's crops: 48 of 54 pixels."""
+    picture = photo(4, 54, 54)
+    crop = training(Crop(3, 5, SIZE, SIZE, SIZE, SIZE))
+    ours = decode_pixels(open_image(encode(picture, "PNG"), MAX_PIXELS), crop, SIZE)
+    assert np.array_equal(ours, np.asarray(picture)[5 : 5 + SIZE, 3 : 3 + SIZE])
+
+
+@pytest.mark.parametrize("kind", ["L", "CMYK", "progressive", "PNG", "WEBP"])
+def test_reduced_scale_knows_all_kinds(photograph: Image.Image, kind: str) -> None:
+    data = {
+        "L": lambda: encode(photograph.convert("L")),
+        "CMYK": lambda: encode(photograph.convert("CMYK")),
+        "progressive": lambda: encode(photograph, progressive=True),
+        "PNG": lambda: encode(photograph, "PNG"),
+        "WEBP": lambda: encode(photograph, "WEBP"),
+    }[kind]()
+    crop = Crop(64, 8, 400, 416, SIZE, SIZE, flip=True)
+    assert reduced_scale(*crop[2:6]) == 4
+    fast, full = (PillowDecoder(SIZE).decode(opened([data]), [c]) for c in (training(crop), crop))
+    assert fast.broken == full.broken == {}
+    difference = np.abs(levels(fast.image_BCHW) - levels(full.image_BCHW))
+    assert difference.mean() < REDUCED_MEAN
+    assert difference.max() < REDUCED_MAX + 0.1  # fp32
+
+
+def test_evaluation_decodes_at_full_scale(photograph: Image.Image) -> None:
+    data = encode(photograph)
+    transform = v2.Compose([v2.Resize(SIZE, v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIZE)])
+    expected = np.asarray(transform(Image.open(io.BytesIO(data))))
+    ours = decode_pixels(open_image(data, MAX_PIXELS), eval_crop(*photograph.size, SIZE, "crop"), SIZE)
+    assert np.array_equal(ours, expected)
+
+
+def test_a_worker_writes_its_batch_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = [training(Crop(0, 0, 54, 54, SIZE, SIZE))] * 2
+    alone = PillowDecoder(SIZE).decode(opened([PHOTOS[4]] * 2), crops).image_BCHW
+    assert not alone.is_shared()
+    monkeypatch.setattr("megaeva.data.decode_pillow.get_worker_info", lambda: "a worker")
+    shared = PillowDecoder(SIZE).decode(opened([PHOTOS[4]] * 2), crops).image_BCHW
+    assert shared.is_shared() and shared.is_contiguous()
+    assert torch.equal(alone, shared)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -221,10 +334,11 @@ def test_headers_tell_what_cannot_be_used(data: bytes, reason: str) -> None:
     ],
     ids=["jpeg", "png_without_pixels", "png"],
 )
-def test_pillow_reports_truncated_pixels(data: bytes, reason: str) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_pillow_reports_truncated_pixels(data: bytes, reason: str, exact: bool) -> None:
     good = open_image(PHOTOS[4], MAX_PIXELS)
     bad = open_image(data, MAX_PIXELS)
-    crops = [Crop(0, 0, *image.header.size, SIZE, SIZE) for image in (bad, good)]
+    crops = [Crop(0, 0, *image.header.size, SIZE, SIZE, exact=exact) for image in (bad, good)]
     decoded = PillowDecoder(SIZE).decode([bad, good], crops)
     assert decoded.broken == {0: reason}
     assert len(decoded.image_BCHW) == 1
