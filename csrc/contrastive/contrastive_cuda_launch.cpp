@@ -5,6 +5,7 @@
 // rounded to the features' type, and so are the sums of their gradients. Products of float features follow torch's own
 // setting (torch.backends.cuda.matmul.allow_tf32, off unless switched on): with TF32 a logit of 100 is off by up to 0.1.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -87,6 +88,7 @@ class CudaEngine {
   static void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
   const c10::cuda::CUDAGuard guard_;
+  const at::AutoDispatchBelowADInplaceOrView without_autograd_;  // it refuses products into a buffer
   const Scalar scalar_;
   const at::ScalarType wide_;
   const std::int64_t rows_;

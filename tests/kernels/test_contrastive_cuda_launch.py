@@ -134,3 +134,13 @@ def test_launcher(launched: Any, shape: tuple[int, int, int], dtype: torch.dtype
                 "infonce_backward", 2, query_BE, key_GE, scale, factor, lse_query_B, lse_key_G, *pairs, first, 1.9,
                 0.1 / max(num_keys, 1), *keys, out,
             )  # fmt: skip
+
+
+def test_features_may_require_gradients(launched: Any) -> None:
+    query_BE, key_GE = _features(5, 7, 8, torch.float32)
+    scale = torch.tensor(3.0)
+    expected = launched.infonce_forward(query_BE, key_GE, scale)
+    lse = launched.infonce_forward(query_BE.requires_grad_(), key_GE, scale.requires_grad_())
+    assert torch.equal(lse[0], expected[0])
+    grads = launched.infonce_backward(query_BE, key_GE, scale, scale, *lse, *lse, 0, 2.0, 0.0, 0, 7, torch.float32)
+    assert not grads[0].requires_grad
