@@ -281,6 +281,34 @@ def bench_step(
         typer.echo(line)
 
 
+@bench_app.command("loss")
+@explained
+def bench_loss(
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Pairs of all ranks together; may be given again.", show_default="16384"),
+    ] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Features of each.")] = 1024,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the features.")] = "fp32",
+    peer: Annotated[
+        Literal["open_clip", "none"], typer.Option(help="open_clip: its ClipLoss. none: our memory at each --batch.")
+    ] = "open_clip",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the batch.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each side.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each rank.", show_default="all cores, shared")
+    ] = None,
+) -> None:
+    """Time the contrastive loss with its gradients.
+
+    Prints memory and rounding errors too, and with --ranks the bytes that each sends.
+    """
+    from megaeva.bench.command import run_loss
+
+    for line in run_loss(batch or [16384], dim, precision, peer, ranks, rounds, threads):
+        typer.echo(line)
+
+
 @bench_app.command("normalize-pack")
 @explained
 def bench_normalize_pack(

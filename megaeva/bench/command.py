@@ -1,9 +1,12 @@
-"""`megaeva bench step` and `layouts`: check their options before torch is loaded, and print what was measured."""
+"""What `megaeva bench` runs: options are checked before torch is loaded, then what was measured is printed."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
@@ -60,6 +63,53 @@ def run_data(variant: str, batch: int, peer: Literal["webdataset"], workers: int
     yield from benchmark_data(model, batch_size=batch, num_workers=workers, num_rounds=rounds).report(command)
 
 
+def run_loss(
+    batches: Sequence[int],
+    dim: int,
+    precision: Literal["fp32", "bf16"],
+    peer: Literal["open_clip", "none"],
+    ranks: int,
+    rounds: int,
+    threads: int | None,
+) -> Iterator[str]:
+    """Yields lines to print: what was measured, and its rows for benchmarks/log.md.
+
+    Raises:
+        UserError: a batch that the ranks cannot share, or a peer that is not installed or would not fit in memory.
+    """
+    _check_loss(batches, peer, ranks)
+    import torch
+
+    from megaeva.bench import loss
+
+    if threads or ranks > 1:
+        torch.set_num_threads(threads or max(1, torch.get_num_threads() // ranks))
+    sizes = " ".join(f"--batch {batch}" for batch in batches)
+    command = (
+        f"megaeva bench loss {sizes} --dim {dim} --precision {precision} --peer {peer} --ranks {ranks} "
+        f"--rounds {rounds} --threads {torch.get_num_threads()}"
+    )
+    yield command
+    if ranks > 1:
+        from megaeva.bench import loss_ranks
+
+        for batch in batches:
+            yield f"{ranks} ranks, together {loss.describe(batch, dim)} each"
+            job = loss_ranks.RanksJob(
+                ranks, batch, dim, precision, peer == "open_clip", rounds, torch.get_num_threads()
+            )
+            yield from loss_ranks.benchmark_ranks(job).report(command)
+        return
+    if peer == "open_clip":
+        for batch in batches:
+            yield loss.describe(batch, dim)
+            yield from loss.benchmark_loss(batch, dim, precision=precision, num_rounds=rounds).report(command)
+    else:
+        yield from loss.size_lines(batches, dim, precision=precision, num_rounds=rounds, command=command)
+    if precision == "fp32":
+        yield from loss.accuracy_lines(batches[0], dim)
+
+
 def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: Path) -> bool:
     """Makes what is left of the runs, prints table, rows for benchmarks/log.md and verdict, writes layouts.json.
 
@@ -91,3 +141,26 @@ def find_model(variant: str) -> ModelSection:
         near = difflib.get_close_matches(variant, VARIANTS, n=3) or list(VARIANTS)
         raise ConfigError(f"--variant {variant} must be a known model; did you mean {' or '.join(near)}?")
     return ModelSection.model_validate({"variant": variant} | VARIANTS[variant])
+
+
+def _check_loss(batches: Sequence[int], peer: str, ranks: int) -> None:
+    for batch in batches:
+        if batch % ranks:
+            raise ConfigError(
+                f"--batch {batch} is of all ranks together and must be a multiple of --ranks {ranks}; "
+                f"use --batch {(batch // ranks + 1) * ranks}."
+            )
+    if peer == "none":
+        return
+    if importlib.util.find_spec("open_clip") is None:
+        raise ConfigError(
+            "--peer open_clip is not installed, it must be to be measured; "
+            "run pip install 'open_clip_torch>=3.2,<4', or use --peer none."
+        )
+    # Two matrices of logits and their log-softmaxes, in fp32 for the comparison of values; on each rank of its own.
+    needed, available = 16 * max(batches) ** 2 * ranks, psutil.virtual_memory().available
+    if needed > available:
+        raise ConfigError(
+            f"--peer open_clip keeps {needed / 2**30:.0f} GiB of logits at --batch {max(batches)} --ranks {ranks}, "
+            f"which must fit in the {available / 2**30:.0f} GiB that are free; use a smaller batch or --peer none."
+        )

@@ -8,7 +8,6 @@ the rows as well, and its peer still does not.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +28,12 @@ from megaeva.bench.loss_sides import (
     whole_loss,
 )
 
-Peer = Literal["open_clip", "none"]
+Multiplication = Callable[[Tensor, Tensor], Tensor]
 
 # Largest relative difference between sides that compute alike, of the loss and of a gradient's norm. Products of bf16
 # are exact in fp32, so the loss is held to the same; gradients are rounded to bf16, and so may be the weights before.
 LOSS_TOLERANCE = 1e-5
+ROUNDED_AGAIN = 1e-3  # of the loss whose bf16 rows are normalised, and so rounded to bf16, once more
 GRADIENT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-2}
 
 _ERRORS_BATCH = 1024  # fp64 products of a larger one take longer than what is benchmarked
@@ -57,10 +57,10 @@ class LossTimes:
 
     def report(self, command: str) -> Iterator[str]:
         """Sentences, and the rows of the log's table of losses, one for each of ours."""
-        off = self.losses["open_clip"] - self.losses["fp32"]
+        ours, theirs, exact = (self.losses[name] for name in ("engine", "open_clip", "fp32"))
         yield (
-            f"loss {self.losses['engine']:.5f}, open_clip {self.losses['open_clip']:.5f} ({off:+.2g} to itself in fp32 on "
-            f"the same features); our gradients are within {self.gradient_difference:.1e} of ClipLoss's in fp32"
+            f"loss {ours:.5f}, open_clip {theirs:.5f} ({theirs - exact:+.2g} to itself in fp32 on the same features); "
+            f"our gradients are within {self.gradient_difference:.1e} of ClipLoss's in fp32"
         )
         peer_mib = self.alone["open_clip"].peak_mib
         for side in ("engine", "clip_loss"):
@@ -119,7 +119,8 @@ def check_sides(features: Features, precision: Precision) -> tuple[dict[str, flo
     checks["clip_loss"] = (whole_loss(features), through_normalisation(exact, features))
     for side, (ours, expected) in checks.items():
         loss_apart, gradients_apart = difference(ours, expected)
-        assert loss_apart <= LOSS_TOLERANCE, f"{side}: the loss differs by {loss_apart:.1e} of ClipLoss's"
+        tolerance = ROUNDED_AGAIN if side == "clip_loss" and precision == "bf16" else LOSS_TOLERANCE
+        assert loss_apart <= tolerance, f"{side}: the loss differs by {loss_apart:.1e} of ClipLoss's"
         assert gradients_apart <= GRADIENT_TOLERANCE[precision], f"{side}: gradients differ by {gradients_apart:.1e}"
         losses[side], apart = ours.loss.item(), max(apart, gradients_apart)
     return losses, apart
@@ -165,58 +166,84 @@ def _job(side: str, num_pairs: int, embed_dim: int, precision: Precision, num_ca
 # ------------------------------------------------------------------------------------------- the products by themselves
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a product is multiplied: by what, in blocks of how many rows and columns of the logits."""
+
+    multiply: Multiplication
+    rows: int
+    columns: int
+
+
 class MatrixProducts:
     """Calling it multiplies as the loss must, no more: image @ text^T twice, weights @ text, weights^T @ image.
 
-    In the features' dtype and in blocks, so that no B x B matrix is kept; each product in blocks of that shape below
-    which was fastest when this was made, so that a loss in tiles has no easier measure than its own tiles.
+    In the features' dtype and in blocks, so that no B x B matrix is kept. When it is made each product is tried in
+    every shape of SHAPES with every multiplication that torch has, and is done in the fastest way from then on: a loss
+    in tiles has no easier measure than its own tiles, nor one that multiplies better than torch.mm than torch.mm.
     """
 
-    SHAPES = ((512, 512), (1024, 1024), (2048, 2048), (1024, None), (4096, None), (None, 1024), (None, 4096))
+    SHAPES = ((512, 512), (1024, 1024), (2048, 512), (2048, 2048), (1024, None), (2048, None), (None, 1024))
 
     def __init__(self, image_BE: Tensor, text_BE: Tensor) -> None:
         self.image_BE, self.text_BE = image_BE, text_BE
         self.grad_image_BE, self.grad_text_BE = torch.zeros_like(image_BE), torch.zeros_like(text_BE)
         size = len(image_BE)
-        shapes = {(min(rows or size, size), min(columns or size, size)) for rows, columns in self.SHAPES}
-        generator = torch.Generator().manual_seed(1)
-        # One block for every shape, flat: it is written by the logits, so its values stay those of logits.
-        largest = max(rows * columns for rows, columns in shapes)
-        self._block = torch.randn(largest, generator=generator).to(image_BE.dtype)
-        self._products = (self._logits, self._grad_image, self._grad_text)
-        self._shapes = {
-            product: min(sorted(shapes), key=lambda shape: self._pace(product, shape)) for product in self._products
+        shapes = sorted({(min(rows or size, size), min(columns or size, size)) for rows, columns in self.SHAPES})
+        multiplications: list[Multiplication] = [torch.mm]
+        if torch.backends.mkldnn.is_available():
+            multiplications.append(_onednn)
+        ways = [Way(multiply, *shape) for shape in shapes for multiply in multiplications]
+        # The weights of any block, flat.
+        largest = max(way.rows * way.columns for way in ways)
+        self._weights = torch.rand(largest, generator=torch.Generator().manual_seed(1)).to(image_BE.dtype)
+        self.ways = {
+            product: min(ways, key=lambda way: self._pace(product, way))
+            for product in (self.logits, self.grad_image, self.grad_text)
         }
 
     def __call__(self) -> None:
-        for product in (self._logits, *self._products):
-            shape = self._shapes[product]
-            for rows in _blocks(len(self.image_BE), shape[0]):
-                for columns in _blocks(len(self.text_BE), shape[1]):
-                    product(rows, columns)
+        for product in (self.logits, self.logits, self.grad_image, self.grad_text):
+            way = self.ways[product]
+            for rows in _blocks(len(self.image_BE), way.rows):
+                for columns in _blocks(len(self.text_BE), way.columns):
+                    product(way, rows, columns)
 
-    def _pace(self, product: Callable[[slice, slice], object], shape: tuple[int, int]) -> float:
-        """Milliseconds per multiplication in one block, the best of three."""
-        rows, columns = slice(0, shape[0]), slice(0, shape[1])
-        times = [milliseconds(lambda: product(rows, columns), "cpu") for _ in range(3)]
-        return min(times) / (shape[0] * shape[1])
+    def logits(self, way: Way, rows: slice, columns: slice) -> None:
+        """One block of image @ text^T, which is dropped."""
+        way.multiply(self.image_BE[rows], self.text_BE[columns].T)
 
-    def _weights(self, rows: slice, columns: slice) -> Tensor:
+    def grad_image(self, way: Way, rows: slice, columns: slice) -> None:
+        """One block of weights @ text."""
+        product_XE = way.multiply(self._block(rows, columns), self.text_BE[columns])
+        _accumulate(self.grad_image_BE[rows], product_XE, columns.start == 0)
+
+    def grad_text(self, way: Way, rows: slice, columns: slice) -> None:
+        """One block of weights^T @ image."""
+        product_YE = way.multiply(self._block(rows, columns).T, self.image_BE[rows])
+        _accumulate(self.grad_text_BE[columns], product_YE, rows.start == 0)
+
+    def _block(self, rows: slice, columns: slice) -> Tensor:
         shape = rows.stop - rows.start, columns.stop - columns.start
-        return self._block[: shape[0] * shape[1]].view(shape)
+        return self._weights[: shape[0] * shape[1]].view(shape)
 
-    def _logits(self, rows: slice, columns: slice) -> None:
-        torch.mm(self.image_BE[rows], self.text_BE[columns].T, out=self._weights(rows, columns))
-
-    def _grad_image(self, rows: slice, columns: slice) -> None:
-        _accumulate(self.grad_image_BE[rows], self._weights(rows, columns), self.text_BE[columns], columns.start == 0)
-
-    def _grad_text(self, rows: slice, columns: slice) -> None:
-        _accumulate(self.grad_text_BE[columns], self._weights(rows, columns).T, self.image_BE[rows], rows.start == 0)
+    def _pace(self, product: Callable[[Way, slice, slice], None], way: Way) -> float:
+        """Milliseconds for each logit of one block, the better of two."""
+        rows, columns = slice(0, way.rows), slice(0, way.columns)
+        times = [milliseconds(lambda: product(way, rows, columns), "cpu") for _ in range(2)]
+        return min(times) / (way.rows * way.columns)
 
 
-def _accumulate(total: Tensor, one: Tensor, other: Tensor, is_first: bool) -> None:
-    total.addmm_(one, other, beta=0 if is_first else 1)
+def _onednn(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other by oneDNN, which torch.mm uses for bf16 only: float32 goes to MKL, slow on some machines."""
+    return torch.ops.mkldnn._linear_pointwise(one, other.T, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _accumulate(total_XE: Tensor, product_XE: Tensor, is_first: bool) -> None:
+    if is_first:
+        total_XE.copy_(product_XE)
+    else:
+        total_XE.add_(product_XE)
 
 
 def _blocks(size: int, length: int) -> list[slice]:
