@@ -69,10 +69,11 @@ class TextSection(Section):
 
 
 class LogitScaleSection(Section):
-    """Inverse temperature, kept as its logarithm."""
+    """Inverse temperature, kept as its logarithm, and for the sigmoid loss the bias of all logits."""
 
-    init: float = Field(2.6592600369327783, description="ln(1/0.07)")
-    trainable: bool = True
+    init: float = Field(2.6592600369327783, description="ln(1/0.07); SigLIP starts at ln(10)")
+    bias: float | None = Field(None, description="of loss.name=sigmoid, where SigLIP starts at -10; None: no bias")
+    trainable: bool = Field(True, description="of both")
     max: float = Field(4.605170185988092, description="clamped to [0, max] after each step; ln(100)")
 
 
@@ -86,13 +87,24 @@ class ModelSection(Section):
     logit_scale: LogitScaleSection = LogitScaleSection()
 
 
-# -------------------------------------------------------------------------------------------------- MIM and starts
+# ----------------------------------------------------------------------------------------- losses, MIM and starts
 
 
 class TeacherSection(Section):
     """The frozen CLIP whose vision tower is distilled."""
 
     checkpoint: str = Field(description="run folder of a contrastive run (its newest checkpoint) or one checkpoint")
+
+
+class LossSection(Section):
+    """What a contrastive run minimises over the global batch."""
+
+    name: Literal["infonce", "sigmoid"] = Field(
+        "infonce", description="infonce: softmax over the batch in both directions (CLIP); sigmoid: SigLIP"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=1.0, description="of infonce: share of each target that is spread over the batch"
+    )
 
 
 class MaskSection(Section):
@@ -266,6 +278,7 @@ class Config(Section):
     model: ModelSection
     teacher: TeacherSection | None = None
     mim: MIMSection | None = None
+    loss: LossSection = LossSection()
     init: InitSection = InitSection()
     data: DataSection = DataSection()
     parallel: ParallelSection = ParallelSection()

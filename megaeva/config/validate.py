@@ -79,6 +79,29 @@ def _logit_scale(cfg: Config) -> Iterator[Problem]:
 # ------------------------------------------------------------------------------------------------ tasks and starts
 
 
+def _loss(cfg: Config) -> Iterator[Problem]:
+    loss, bias = cfg.loss, cfg.model.logit_scale.bias
+    if cfg.task == "mim":
+        if loss.name != "infonce" or loss.label_smoothing:
+            yield Problem(
+                "loss", "must be absent in task=mim, which distils features", "remove it, or set it in a clip recipe"
+            )
+        return
+    if loss.name == "sigmoid":
+        if bias is None:
+            yield Problem("model.logit_scale.bias", "is needed by loss.name=sigmoid", "SigLIP starts at bias=-10")
+        if loss.label_smoothing:
+            yield Problem(
+                "loss.label_smoothing", "must be 0 with loss.name=sigmoid", "remove it, or set loss.name=infonce"
+            )
+    elif bias is not None:
+        yield Problem(
+            "model.logit_scale.bias",
+            "must be absent with loss.name=infonce, which no bias of all logits changes",
+            "remove it, or set loss.name=sigmoid",
+        )
+
+
 def _task_sections(cfg: Config) -> Iterator[Problem]:
     if cfg.task == "mim":
         if cfg.mim is None:
@@ -191,7 +214,7 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
-    _task_sections, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
+    _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
     _micro_batch, _saving,
 )  # fmt: skip
 

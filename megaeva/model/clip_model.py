@@ -16,23 +16,30 @@ from megaeva.parallel.grid import Grid
 
 
 class LogitScale(MegatronModule):
-    """The inverse temperature's logarithm, one fp32 parameter `log_scale`, replicated everywhere."""
+    """The inverse temperature's logarithm `log_scale`, and the logits' `logit_bias` or None; replicated everywhere.
+
+    Both are 0-dim fp32 parameters.
+    """
+
+    logit_bias: nn.Parameter | None
 
     def __init__(self, cfg: LogitScaleSection, *, device: torch.device | str = "cpu") -> None:
-        """Builds it at cfg.init; without gradient where cfg.trainable is false."""
+        """Builds them at cfg.init and cfg.bias; without gradient where cfg.trainable is false."""
         # mcore's DDP and optimizer ask every module for a config; the sizes mean nothing here.
         super().__init__(TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1, cuda_graph_scope=[]))
         self.cfg = cfg
         self.log_scale = nn.Parameter(torch.full((), cfg.init, device=device), requires_grad=cfg.trainable)
+        bias = None if cfg.bias is None else torch.full((), cfg.bias, device=device)
+        self.logit_bias = None if bias is None else nn.Parameter(bias, requires_grad=cfg.trainable)
         mark_rest_replicated(self)
 
     def forward(self) -> Tensor:
-        """Returns the 0-dim fp32 log scale; logits are exp of it times the cosine."""
+        """Returns the 0-dim fp32 log scale; logits are exp of it times the cosine, plus the bias where there is one."""
         return self.log_scale
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamps to [0, cfg.max]; called after each optimizer step. Source: EVA-CLIP training/train.py."""
+        """Clamps the scale's log to [0, cfg.max] after each optimizer step. Source: EVA-CLIP training/train.py."""
         self.log_scale.clamp_(0.0, self.cfg.max)
 
 

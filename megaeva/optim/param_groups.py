@@ -59,7 +59,7 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(ln_pre|norm)\.(weight|bias)", Depth.TOP, False),
     Rule(r"(head|lm_head)\.weight", Depth.TOP, True),
     Rule(r"(head|lm_head)\.bias", Depth.TOP, False),
-    Rule(r"log_scale", Depth.TOP, False),
+    Rule(r"log_scale|logit_bias", Depth.TOP, False),
 )
 _COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
 # The MIM student holds its tower under this name.

@@ -21,7 +21,7 @@ from megaeva.parallel.grid import grid_of_one
 from megaeva.parallel.shards import is_sharded
 
 _FIRST_STAGE = re.compile(r"(?:vision\.)?(patch_embed|cls_token|pos_embed|ln_pre|mask_token|token_embedding)\b")
-_LAST_STAGE = re.compile(r"(?:vision\.)?(norm|head|lm_head|log_scale)\b")
+_LAST_STAGE = re.compile(r"(?:vision\.)?(norm|head|lm_head|log_scale|logit_bias)\b")
 _LAYER = re.compile(r"(?:vision\.)?blocks\.layers\.(\d+)\.")
 _FEW_STAGES = 8  # more are drawn together where they are alike
 

@@ -1,4 +1,4 @@
-"""Contrastive training of a CLIP: symmetric InfoNCE over the global batch."""
+"""Contrastive training of a CLIP: symmetric InfoNCE or SigLIP's sigmoid loss over the global batch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from megaeva.config.schema import Config
 from megaeva.config.topology import grid_axes
 from megaeva.data.batch import Batch
 from megaeva.eval.harness import evaluate
-from megaeva.losses.contrastive import clip_loss, start_gather
+from megaeva.losses.contrastive import clip_loss, sigmoid_loss, start_gather
 from megaeva.model.clip_model import build_clip
 from megaeva.model.init import init_weights
 from megaeva.model.recompute import set_recompute
@@ -63,7 +63,9 @@ class Contrastive:
         start, modules = self.cfg.init, self._modules()
         reports = []
         if start.clip:
-            reports.append(load_weights(start.clip, modules))
+            # Either loss may go on from the other's CLIP: only the sigmoid loss has a bias.
+            biases = self.cfg.model.logit_scale.bias, read_model_section(start.clip).logit_scale.bias
+            reports.append(load_weights(start.clip, modules, skip=("scale.logit_bias",) if None in biases else ()))
         if start.vision:
             fresh = ["vision.head"]
             if not read_model_section(start.vision).vision.sub_ln_attention:
@@ -75,10 +77,21 @@ class Contrastive:
         return [line for report in reports for line in report.lines()]
 
     def loss(self, *features: Tensor) -> Tensor:
-        """The mean over the global batch and both directions, of this rank's rows text_BE and image_BE."""
+        """The loss that the recipe names, over the global batch, of this rank's rows text_BE and image_BE."""
         text_BE, image_BE = features
         text_in_flight, self._text_in_flight = self._text_in_flight, None
-        return clip_loss(image_BE, text_BE, self.scale.ddp(), group=self._world, text_in_flight=text_in_flight)
+        log_scale, bias, loss = self.scale.ddp(), self.model.scale.logit_bias, self.cfg.loss
+        if loss.name == "sigmoid":
+            assert bias is not None, "config.validate requires it for this loss"
+            return sigmoid_loss(image_BE, text_BE, log_scale, bias, group=self._world, text_in_flight=text_in_flight)
+        return clip_loss(
+            image_BE,
+            text_BE,
+            log_scale,
+            group=self._world,
+            text_in_flight=text_in_flight,
+            label_smoothing=loss.label_smoothing,
+        )
 
     def _send_text(self, text_BE: Tensor) -> None:
         """Gather the text features while the vision tower runs."""
@@ -119,8 +132,10 @@ class Contrastive:
 
     def after_step(self) -> dict[str, float]:
         """Clamp the logit scale to [0, max]; EVA does so after every step."""
-        self.model.scale.clamp_()
-        return {"logit_scale": self.model.scale.log_scale.exp().item()}
+        scale = self.model.scale
+        scale.clamp_()
+        figures = {"logit_scale": scale.log_scale.exp().item()}
+        return figures if scale.logit_bias is None else figures | {"logit_bias": scale.logit_bias.item()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:

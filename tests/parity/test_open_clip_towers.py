@@ -88,6 +88,16 @@ def test_open_clip_towers(variant: str) -> None:
     assert ours.scale().item() == theirs.logit_scale.item()
 
 
+def test_a_siglip_brings_its_bias() -> None:
+    cfg = tiny("ViT-B-16-quickgelu")
+    cfg = cfg.model_copy(update={"logit_scale": cfg.logit_scale.model_copy(update={"bias": -10.0})})
+    state = _open_clip_model(cfg).state_dict()
+    ours = _our_model(cfg, state | {"logit_bias": torch.tensor(-7.5)})
+    assert ours.scale.logit_bias is not None and ours.scale.logit_bias.item() == -7.5
+    with pytest.raises(CheckpointError, match=r"nothing makes scale\.logit_bias"):
+        _our_model(cfg, state)
+
+
 @pytest.mark.parametrize(
     "variant",
     ["EVA02-CLIP-B-16", "EVA02-CLIP-L-14", "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14", "EVA02-CLIP-bigE-14-plus"],

@@ -81,5 +81,6 @@ def from_open_clip(
         *vision,
         *prefixed(text_rules(cfg.text), "text.", text_prefix),
         *copies([("scale.log_scale", "logit_scale")]),
+        *copies([("scale.logit_bias", "logit_bias")] if "logit_bias" in state else []),  # of a SigLIP
     ]
     return convert(rules, state, expected, ignore=lambda name: name.endswith("attn_mask"))

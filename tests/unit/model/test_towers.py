@@ -163,7 +163,16 @@ def test_logit_scale() -> None:
         scale.log_scale.fill_(-1.0)
     scale.clamp_()
     assert scale().item() == 0.0
-    assert not LogitScale(LogitScaleSection(trainable=False))().requires_grad
+    assert scale.logit_bias is None
+    assert [name for name, _ in scale.named_parameters()] == ["log_scale"]
+    with_bias = LogitScale(LogitScaleSection(bias=-10))
+    assert (
+        with_bias.logit_bias is not None and with_bias.logit_bias.item() == -10 and with_bias.logit_bias.requires_grad
+    )
+    with_bias.clamp_()
+    assert with_bias.logit_bias.item() == -10
+    frozen = LogitScale(LogitScaleSection(trainable=False, bias=-10))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("variant", ["EVA02-CLIP-L-14", "EVA-CLIP-18B", "EVA-CLIP-8B", "ViT-L-14-quickgelu"])

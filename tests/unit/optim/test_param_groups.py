@@ -109,8 +109,10 @@ def test_student_reads_its_tower_under_a_prefix_and_decays_the_mask_token() -> N
     assert found["lm_head.weight"] == (1.0, 0.05)
 
 
-def test_logit_scale_has_its_own_rate() -> None:
-    (group,) = param_groups("scale", [("log_scale", torch.nn.Parameter(torch.zeros(())))], OPTIM)
+def test_logit_scale_and_bias_have_their_own_rate() -> None:
+    named = [(name, torch.nn.Parameter(torch.zeros(()))) for name in ("log_scale", "logit_bias")]
+    (group,) = param_groups("scale", named, OPTIM)
+    assert len(group["params"]) == 2
     assert (group["lr"], group["weight_decay"]) == (5e-4, 0.0)
 
 
