@@ -34,7 +34,9 @@ TORCH_LIBRARY(megaeva, m) {
       "normalize_pack_backward(Tensor grad_packed, Tensor image_BE, Tensor? text_BE, Tensor inverse_norm, "
       "float epsilon) -> (Tensor grad_image_BE, Tensor grad_text_BE)");
 
-  m.def("infonce_forward(Tensor query_BE, Tensor key_GE, Tensor scale) -> (Tensor lse_query_B, Tensor lse_key_G)");
+  m.def(
+      "infonce_forward(Tensor query_BE, Tensor key_GE, Tensor scale, int first) -> (Tensor lse_query_B, "
+      "Tensor lse_key_G, Tensor pair_query_B)");
   m.def(
       "infonce_backward(Tensor query_BE, Tensor key_GE, Tensor scale, Tensor factor, Tensor lse_query_B, "
       "Tensor lse_key_G, Tensor pair_query_B, Tensor pair_key_G, int first, float pair_weight, float uniform, "

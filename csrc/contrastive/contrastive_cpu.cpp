@@ -3,6 +3,7 @@
 // pass; inner loops are vectorised by the compiler for each instruction set (multiversion.h).
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <bit>
@@ -72,14 +73,17 @@ MEGAEVA_INLINE A rescale(A from, A to) {
 }
 
 template <typename A>
-MEGAEVA_INLINE void store(A value, A* out) {
-  *out = value;
+MEGAEVA_INLINE void store_row(const A* row, std::int64_t columns, A* out) {
+  std::copy(row, row + columns, out);
 }
 
-MEGAEVA_INLINE void store(float value, c10::BFloat16* out) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  out->x = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
+MEGAEVA_INLINE void store_row(const float* row, std::int64_t columns, c10::BFloat16* out) {
+#pragma omp simd
+  for (std::int64_t j = 0; j < columns; ++j) {
+    const auto bits = std::bit_cast<std::uint32_t>(row[j]);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    out[j].x = static_cast<std::uint16_t>(row[j] == row[j] ? rounded : 0x7fc0u);
+  }
 }
 
 // Logits of one row. A loop of its own: fused with a later subtraction the compiler would keep digits that the logit
@@ -92,14 +96,16 @@ MEGAEVA_INLINE void logits_of(const A* product, A scale, A bias, std::int64_t co
 
 // ---------------------------------------------------------------------------------------------------- the passes
 
-// Rows [begin, end) of a tile, at most kChunkRows. column_max and column_sum are this chunk's alone.
+// Rows [begin, end) of a tile, at most kChunkRows. column_max, column_top and column_rest are this chunk's alone. The
+// exponentials of the largest logits, 1 each, are counted apart from the rest: next to them the rest would be rounded
+// away, and where training ends the rest is the loss.
 template <typename A>
 MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int64_t begin, std::int64_t end,
-                                         A* column_max, A* column_sum, A* logit) {
+                                         A* column_max, A* column_top, A* column_rest, A* logit) {
   const A scale = *static_cast<const A*>(p.scale);
   const A lowest = -std::numeric_limits<A>::infinity();
   const std::int64_t columns = p.columns;
-  for (std::int64_t j = 0; j < columns; ++j) column_max[j] = lowest, column_sum[j] = 0;
+  for (std::int64_t j = 0; j < columns; ++j) column_max[j] = lowest, column_top[j] = 0, column_rest[j] = 0;
   A row_max[kChunkRows];
   for (std::int64_t i = begin; i < end; ++i) {
     const A* product = static_cast<const A*>(p.product) + i * columns;
@@ -115,16 +121,24 @@ MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int
   for (std::int64_t i = begin; i < end; ++i) {
     logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, logit);
     const A reference = finite_or_zero(row_max[i - begin]);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
+    A top = 0, rest = 0;
+#pragma omp simd reduction(+ : top, rest)
     for (std::int64_t j = 0; j < columns; ++j) {
-      sum += exponential(logit[j] - reference);
-      column_sum[j] += exponential(logit[j] - finite_or_zero(column_max[j]));
+      const A by_row = exponential(logit[j] - reference);
+      const A rest_of_row = by_row < A(1) ? by_row : A(0);
+      rest += rest_of_row;
+      top += by_row - rest_of_row;  // 0 or 1, or an infinity or a NaN
+      const A by_column = exponential(logit[j] - finite_or_zero(column_max[j]));
+      const A rest_of_column = by_column < A(1) ? by_column : A(0);
+      column_rest[j] += rest_of_column;
+      column_top[j] += by_column - rest_of_column;
     }
+    const std::int64_t pair = p.pair + i;
+    if (0 <= pair && pair < columns) static_cast<A*>(p.pair_query)[i] = logit[pair];
     A& running = static_cast<A*>(p.max_query)[i];
     const A maximum = std::max(running, row_max[i - begin]);
     p.sum_query[i] = p.sum_query[i] * rescale<double>(running, maximum) +
-                     static_cast<double>(sum) * rescale<double>(row_max[i - begin], maximum);
+                     (double(top) + double(rest)) * rescale<double>(row_max[i - begin], maximum);
     running = maximum;
   }
 }
@@ -132,48 +146,51 @@ MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int
 // Joins the chunks' columns [begin, end) to the running ones, in the order of the chunks.
 template <typename A>
 MEGAEVA_INLINE void infonce_forward_columns(const InfonceForwardParams& p, std::int64_t begin, std::int64_t end,
-                                            const A* column_max, const A* column_sum, std::int64_t num_chunks) {
+                                            const A* column_max, const A* column_top, const A* column_rest,
+                                            std::int64_t num_chunks) {
   A* running = static_cast<A*>(p.max_key);
   for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const A* chunk_max = column_max + chunk * p.columns;
-    const A* chunk_sum = column_sum + chunk * p.columns;
+    const A* chunk_top = column_top + chunk * p.columns;
+    const A* chunk_rest = column_rest + chunk * p.columns;
 #pragma omp simd
     for (std::int64_t j = begin; j < end; ++j) {
       const A maximum = chunk_max[j] > running[j] ? chunk_max[j] : running[j];
       p.sum_key[j] = p.sum_key[j] * rescale(running[j], maximum) +
-                     static_cast<double>(chunk_sum[j]) * rescale(chunk_max[j], maximum);
+                     (double(chunk_top[j]) + double(chunk_rest[j])) * rescale(chunk_max[j], maximum);
       running[j] = maximum;
     }
   }
 }
 
+// The weights of a row take the place of its logits in `row`, a scratch in the first-level cache.
 template <typename A, typename W>
 MEGAEVA_INLINE void infonce_backward_rows(const InfonceBackwardParams& p, std::int64_t begin, std::int64_t end,
-                                          A* logit) {
+                                          A* row) {
   const A scale = *static_cast<const A*>(p.scale);
   const A* lse_key = static_cast<const A*>(p.lse_key);
+  const A* rest_key = static_cast<const A*>(p.lse_key_rest);
   const A* pair_key = static_cast<const A*>(p.pair_key);
   const A uniform = static_cast<A>(p.uniform);
   const std::int64_t columns = p.columns;
   for (std::int64_t i = begin; i < end; ++i) {
-    logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, logit);
-    W* weight = static_cast<W*>(p.weight) + i * columns;
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, row);
     const A lse_query = static_cast<const A*>(p.lse_query)[i];
+    const A rest_query = static_cast<const A*>(p.lse_query_rest)[i];
     const A pair_query = static_cast<const A*>(p.pair_query)[i];
     A share = 0;
 #pragma omp simd reduction(+ : share)
     for (std::int64_t j = 0; j < columns; ++j) {
-      const A by_query = exponential(logit[j] - lse_query) - uniform;
-      const A by_key = exponential(logit[j] - lse_key[j]);
-      share += by_query * (logit[j] - pair_query) + by_key * (logit[j] - pair_key[j]);
-      store(by_query + by_key, weight + j);
+      const A logit = row[j];
+      const A by_query = exponential((logit - lse_query) - rest_query) - uniform;
+      const A by_key = exponential((logit - lse_key[j]) - rest_key[j]);
+      share += by_query * (logit - pair_query) + by_key * (logit - pair_key[j]);
+      row[j] = by_query + by_key;
     }
     p.share[i] += share;
-    const std::int64_t j = p.pair + i;
-    if (0 <= j && j < columns) {
-      const A by_query = exponential(logit[j] - lse_query) - uniform;
-      store((by_query + exponential(logit[j] - lse_key[j])) - static_cast<A>(p.pair_weight), weight + j);
-    }
+    const std::int64_t pair = p.pair + i;
+    if (0 <= pair && pair < columns) row[pair] -= static_cast<A>(p.pair_weight);
+    store_row(row, columns, static_cast<W*>(p.weight) + i * columns);
   }
 }
 
@@ -201,42 +218,45 @@ MEGAEVA_INLINE void sigmoid_forward_rows(const SigmoidForwardParams& p, std::int
 
 template <typename A, typename W>
 MEGAEVA_INLINE void sigmoid_backward_rows(const SigmoidBackwardParams& p, std::int64_t begin, std::int64_t end,
-                                          A* logit) {
+                                          A* row) {
   const A scale = *static_cast<const A*>(p.scale), bias = *static_cast<const A*>(p.bias);
   const std::int64_t columns = p.columns;
   for (std::int64_t i = begin; i < end; ++i) {
-    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, logit);
-    W* weight = static_cast<W*>(p.weight) + i * columns;
-    A scale_share = 0, bias_share = 0;
-    // A pair's weight is -sigmoid(-l): the two signs below turn the one formula into the other, without a difference.
-    const auto over = [&](std::int64_t from, std::int64_t to, A sign) {
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, row);
+    const std::int64_t pair = p.pair + i;
+    A pair_logit = 0, pair_weight = 0;
+    if (0 <= pair && pair < columns) {
+      pair_logit = row[pair];
+      pair_weight = A(-1) / (A(1) + exponential(pair_logit));
+      row[pair] = A(-1e6);  // weighs 0 in the loop below
+    }
+    A scale_share = pair_weight * (pair_logit - bias), bias_share = pair_weight;
 #pragma omp simd reduction(+ : scale_share, bias_share)
-      for (std::int64_t j = from; j < to; ++j) {
-        const A value = sign / (A(1) + exponential(-sign * logit[j]));
-        scale_share += value * (logit[j] - bias);
-        bias_share += value;
-        store(value, weight + j);
-      }
-    };
-    const std::int64_t pair = std::clamp<std::int64_t>(p.pair + i, -1, columns);
-    over(0, std::max<std::int64_t>(pair, 0), A(1));
-    if (0 <= pair && pair < columns) over(pair, pair + 1, A(-1));
-    over(pair + 1, columns, A(1));
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const A value = A(1) / (A(1) + exponential(-row[j]));
+      scale_share += value * (row[j] - bias);
+      bias_share += value;
+      row[j] = value;
+    }
+    if (0 <= pair && pair < columns) row[pair] = pair_weight;
     p.scale_share[i] += scale_share;
     p.bias_share[i] += bias_share;
+    store_row(row, columns, static_cast<W*>(p.weight) + i * columns);
   }
 }
 
 // target_clones needs plain functions, one for each pair of accumulation and weight type.
 #define MEGAEVA_FORWARD(NAME, A)                                                                                     \
   MEGAEVA_MULTIVERSION void infonce_forward_rows_##NAME(const InfonceForwardParams& p, std::int64_t begin,          \
-                                                        std::int64_t end, A* column_max, A* column_sum, A* logit) { \
-    infonce_forward_rows<A>(p, begin, end, column_max, column_sum, logit);                                          \
+                                                        std::int64_t end, A* column_max, A* column_top,             \
+                                                        A* column_rest, A* logit) {                                 \
+    infonce_forward_rows<A>(p, begin, end, column_max, column_top, column_rest, logit);                             \
   }                                                                                                                 \
   MEGAEVA_MULTIVERSION void infonce_forward_columns_##NAME(const InfonceForwardParams& p, std::int64_t begin,       \
                                                            std::int64_t end, const A* column_max,                   \
-                                                           const A* column_sum, std::int64_t num_chunks) {          \
-    infonce_forward_columns<A>(p, begin, end, column_max, column_sum, num_chunks);                                  \
+                                                           const A* column_top, const A* column_rest,               \
+                                                           std::int64_t num_chunks) {                               \
+    infonce_forward_columns<A>(p, begin, end, column_max, column_top, column_rest, num_chunks);                     \
   }                                                                                                                 \
   MEGAEVA_MULTIVERSION void sigmoid_forward_rows_##NAME(const SigmoidForwardParams& p, std::int64_t begin,          \
                                                         std::int64_t end, A* logit) {                               \
@@ -278,7 +298,7 @@ class CpuEngine {
   CpuEngine(const at::Tensor& query, const at::Tensor& key, bool with_gradients)
       : wide_(wide_type(query.scalar_type())),
         matmul_(query, key, with_gradients),
-        scratch_(at::empty({3, chunks_of(matmul_.rows()), matmul_.columns()}, wide_options(query))) {}
+        scratch_(at::empty({4, chunks_of(matmul_.rows()), matmul_.columns()}, wide_options(query))) {}
 
   std::int64_t rows() const { return matmul_.rows(); }
   std::int64_t columns() const { return matmul_.columns(); }
@@ -308,16 +328,16 @@ class CpuEngine {
   }
 
  private:
-  // One row of scratch for each chunk, in part 0, 1 or 2.
+  // Part 0 to 3 of the scratch. One row of `columns` numbers in it is a chunk's own.
   template <typename A>
-  A* scratch(std::int64_t part, std::int64_t chunk) {
-    return scratch_.mutable_data_ptr<A>() + (part * chunks_of(rows()) + chunk) * columns();
+  A* scratch(std::int64_t part) {
+    return scratch_.mutable_data_ptr<A>() + part * scratch_.stride(0);
   }
 
   template <typename A, typename Params>
   void by_rows(const Params& p, void (*pass_rows)(const Params&, std::int64_t, std::int64_t, A*)) {
     over_chunks(p.rows, [&](std::int64_t begin, std::int64_t end, std::int64_t chunk) {
-      pass_rows(p, begin, end, scratch<A>(0, chunk));
+      pass_rows(p, begin, end, scratch<A>(0) + chunk * p.columns);
     });
   }
 
@@ -329,20 +349,20 @@ class CpuEngine {
 
   template <typename A, typename PassRows, typename PassColumns>
   void forward(const InfonceForwardParams& p, PassRows pass_rows, PassColumns pass_columns) {
-    // Each chunk has its own row of scratch for maxima and sums of columns, packed to the width of this tile.
-    A* const maxima = scratch<A>(1, 0);
-    A* const sums = scratch<A>(2, 0);
     over_chunks(p.rows, [&](std::int64_t begin, std::int64_t end, std::int64_t chunk) {
-      pass_rows(p, begin, end, maxima + chunk * p.columns, sums + chunk * p.columns, scratch<A>(0, chunk));
+      const std::int64_t own = chunk * p.columns;
+      pass_rows(p, begin, end, scratch<A>(1) + own, scratch<A>(2) + own, scratch<A>(3) + own, scratch<A>(0) + own);
     });
     at::parallel_for(0, p.columns, 128, [&](std::int64_t begin, std::int64_t end) {
-      pass_columns(p, begin, end, maxima, sums, chunks_of(p.rows));
+      pass_columns(p, begin, end, scratch<A>(1), scratch<A>(2), scratch<A>(3), chunks_of(p.rows));
     });
   }
 
+  // Operators are not differentiable, but may be called with features that require a gradient.
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
   at::ScalarType wide_;
   Matmul matmul_;
-  at::Tensor scratch_;  // [3, chunks, columns]
+  at::Tensor scratch_;  // logits of a row; maximum, top and rest of each column
 };
 
 TORCH_LIBRARY_IMPL(megaeva, CPU, m) {

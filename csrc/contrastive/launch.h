@@ -52,12 +52,11 @@ inline void check_number(const char* name, const char* argument, const at::Tenso
 }
 
 inline void check_vector(const char* name, const char* argument, const at::Tensor& vector, std::int64_t length,
-                         const at::Tensor& query) {
-  const at::ScalarType wide = wide_type(query.scalar_type());
-  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == length && vector.scalar_type() == wide &&
+                         at::ScalarType dtype, const at::Tensor& query) {
+  TORCH_CHECK(vector.dim() == 1 && vector.size(0) == length && vector.scalar_type() == dtype &&
                   vector.device() == query.device(),
               name, ": ", argument, " is ", vector.sizes(), " ", vector.scalar_type(), " on ", vector.device(),
-              ", must be [", length, "], ", wide, " on ", query.device(), "; pass one number for each row.");
+              ", must be [", length, "], ", dtype, " on ", query.device(), "; pass one number for each row.");
 }
 
 inline void check_gradients(const char* name, const at::Tensor& key, std::int64_t key_begin, std::int64_t key_end,
@@ -133,8 +132,8 @@ std::tuple<at::Tensor, at::Tensor> gradients(Engine& engine, const at::Tensor& q
 }
 
 template <typename Engine>
-std::tuple<at::Tensor, at::Tensor> infonce_forward(const at::Tensor& query, const at::Tensor& key,
-                                                   const at::Tensor& scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_forward(const at::Tensor& query, const at::Tensor& key,
+                                                               const at::Tensor& scale, std::int64_t first) {
   constexpr const char* name = "infonce_forward";
   check_features(name, query, key);
   check_number(name, "scale", scale, query);
@@ -144,15 +143,16 @@ std::tuple<at::Tensor, at::Tensor> infonce_forward(const at::Tensor& query, cons
   const double nothing = -std::numeric_limits<double>::infinity();
   const at::Tensor max_query = at::full({query.size(0)}, nothing, wide), sum_query = at::zeros({query.size(0)}, exact);
   const at::Tensor max_key = at::full({key.size(0)}, nothing, wide), sum_key = at::zeros({key.size(0)}, exact);
+  const at::Tensor pair_query = at::zeros({query.size(0)}, wide);
   over_tiles(engine, query_rows, key_rows,
              [&](std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns) {
                engine.pass(InfonceForwardParams{
                    engine.product(), scale.const_data_ptr(), mutable_at_index(max_query, row),
                    sum_query.mutable_data_ptr<double>() + row, mutable_at_index(max_key, column),
-                   sum_key.mutable_data_ptr<double>() + column, rows, columns});
+                   sum_key.mutable_data_ptr<double>() + column, mutable_at_index(pair_query, row), rows, columns,
+                   first + row - column});
              });
-  return {sum_query.log_().add_(max_query).to(wide.dtype().toScalarType()),
-          sum_key.log_().add_(max_key).to(wide.dtype().toScalarType())};
+  return {sum_query.log_().add_(max_query), sum_key.log_().add_(max_key), pair_query};
 }
 
 template <typename Engine>
@@ -165,13 +165,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_backward(
   check_features(name, query, key);
   check_number(name, "scale", scale, query);
   check_number(name, "factor", factor, query);
-  check_vector(name, "lse_query_B", lse_query, query.size(0), query);
-  check_vector(name, "lse_key_G", lse_key, key.size(0), query);
-  check_vector(name, "pair_query_B", pair_query, query.size(0), query);
-  check_vector(name, "pair_key_G", pair_key, key.size(0), query);
+  const at::ScalarType wide = wide_type(query.scalar_type());
+  check_vector(name, "lse_query_B", lse_query, query.size(0), at::kDouble, query);
+  check_vector(name, "lse_key_G", lse_key, key.size(0), at::kDouble, query);
+  check_vector(name, "pair_query_B", pair_query, query.size(0), wide, query);
+  check_vector(name, "pair_key_G", pair_key, key.size(0), wide, query);
   check_gradients(name, key, key_begin, key_end, dtype);
   const at::Tensor query_rows = with_dense_rows(query), key_rows = with_dense_rows(key);
-  const at::Tensor lse_rows = lse_query.contiguous(), lse_columns = lse_key.contiguous();
+  // A contiguous A each, and what rounding to A took away.
+  const at::Tensor lse_rows = lse_query.to(wide).contiguous(), lse_columns = lse_key.to(wide).contiguous();
+  const at::Tensor rest_rows = lse_query.sub(lse_rows).to(wide), rest_columns = lse_key.sub(lse_columns).to(wide);
   const at::Tensor pair_rows = pair_query.contiguous(), pair_columns = pair_key.contiguous();
   Engine engine(query_rows, key_rows, /*with_gradients=*/true);
   const at::Tensor share = at::zeros({query.size(0)}, query.options().dtype(at::kDouble));
@@ -180,8 +183,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_backward(
       [&](std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns) {
         engine.pass(InfonceBackwardParams{
             engine.product(), engine.weight(), scale.const_data_ptr(), at_index(lse_rows, row),
-            at_index(lse_columns, column), at_index(pair_rows, row), at_index(pair_columns, column),
-            share.mutable_data_ptr<double>() + row, rows, columns, first + row - column, pair_weight, uniform});
+            at_index(rest_rows, row), at_index(lse_columns, column), at_index(rest_columns, column),
+            at_index(pair_rows, row), at_index(pair_columns, column), share.mutable_data_ptr<double>() + row, rows,
+            columns, first + row - column, pair_weight, uniform});
       });
   return {grad_query, grad_key, share.sum().to(scale.scalar_type())};
 }

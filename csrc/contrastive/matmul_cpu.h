@@ -37,11 +37,12 @@ constexpr std::int64_t panel_size(std::int64_t depth) { return (depth + 1) / 2 *
 // One panel of the right factor rows^T: `columns` rows of `words` 32-bit words, transposed.
 MEGAEVA_MULTIVERSION static void pack_transposed(const std::uint32_t* rows, std::int64_t stride, std::int64_t columns,
                                                  std::int64_t words, std::uint32_t* panel) {
-  constexpr std::int64_t strip = 16;  // one line of the cache from each row
-  for (std::int64_t begin = 0; begin < words; begin += strip) {
-    const std::int64_t end = std::min(begin + strip, words);
-    for (std::int64_t word = begin; word < end; ++word) {
-      for (std::int64_t column = 0; column < columns; ++column) {
+  // A few rows at a time: rows that lie a power of two apart compete for the same lines of the first-level cache.
+  constexpr std::int64_t few = 8;
+  for (std::int64_t begin = 0; begin < columns; begin += few) {
+    const std::int64_t end = std::min(begin + few, columns);
+    for (std::int64_t word = 0; word < words; ++word) {
+      for (std::int64_t column = begin; column < end; ++column) {
         panel[word * kBlock + column] = rows[column * stride + word];
       }
     }
@@ -85,8 +86,8 @@ void transpose(const T* matrix, std::int64_t stride, std::int64_t rows, std::int
   }
 }
 
-// out (+)= left * panels: left is [rows, depth], the right factor `columns` wide. Every block of out is one thread's, and
-// its terms are added in one order, so the number of threads does not change a bit.
+// out (+)= left * panels: left is [rows, depth], the right factor `columns` wide. Every block of out is one thread's,
+// and its terms are added in one order, so the number of threads does not change a bit.
 template <typename T>
 void multiply(const T* left, std::int64_t left_stride, const T* panels, std::int64_t rows, std::int64_t columns,
               std::int64_t depth, bool add, float* out, std::int64_t out_stride) {
@@ -124,7 +125,7 @@ bool has_blocks() {
   return works;
 }
 
-// oneDNN accepts bfloat16 on every AVX-512 machine, but is only faster than float32 where there are instructions for it.
+// oneDNN accepts bfloat16 on every AVX-512 machine, but only with instructions for it is it faster than float32.
 inline bool has_bfloat16_instructions() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512bf16");

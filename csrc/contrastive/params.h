@@ -1,4 +1,4 @@
-// Arguments of the passes over one tile of the contrastive losses. No torch or CUDA header: the .cu compiles in seconds.
+// Arguments of the passes over one tile of the contrastive losses. No torch or CUDA header: the .cu compiles fast.
 //
 // A tile is rows x columns inner products <query_i, key_j>, contiguous, of the accumulation type A (double for double
 // features, else float). Logits are l_ij = scale * <query_i, key_j>, plus bias for the sigmoid loss. Query i is paired
@@ -24,18 +24,25 @@ struct InfonceForwardParams {
   double* sum_query;     // [rows]
   void* max_key;         // A[columns]
   double* sum_key;       // [columns]
+  void* pair_query;      // A[rows]: the logit of a query's pair is written where the pair is inside the tile
   std::int64_t rows;
   std::int64_t columns;
+  std::int64_t pair;
 };
 
 //   w_ij = exp(l_ij - lse_query_i) + exp(l_ij - lse_key_j) - pair_weight [j = pair + i] - uniform
-//   share_i += sum_j [exp(l_ij - lse_query_i) - uniform] (l_ij - pair_query_i) + exp(l_ij - lse_key_j) (l_ij - pair_key_j)
+//   share_i += sum_j [exp(l_ij - lse_query_i) - uniform] (l_ij - pair_query_i)
+//                    + exp(l_ij - lse_key_j) (l_ij - pair_key_j)
+// A log-sum-exp is a double, in two numbers: exp((l - lse) - lse_rest). One A of the size of a logit would not hold the
+// digits of a pair's small 1 - exp(l - lse).
 struct InfonceBackwardParams {
   const void* product;
   void* weight;            // [rows, columns]; its type is the engine's choice, and it may be product itself
   const void* scale;
   const void* lse_query;   // A[rows]
+  const void* lse_query_rest;
   const void* lse_key;     // A[columns]
+  const void* lse_key_rest;
   const void* pair_query;  // A[rows]: logit of this query's pair
   const void* pair_key;    // A[columns]
   double* share;           // [rows]

@@ -27,13 +27,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse_query_B, lse_key_G): log sum_j exp(l_ij) over all keys, and log sum_i exp(l_ij) over these queries.
+def infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse_query_B, lse_key_G, pair_query_B): log sum_j exp(l_ij), log sum_i exp(l_ij), and the logits of pairs.
 
-    One matrix product: both come from the same tile. The accumulation dtype; -inf over nothing.
-    Source: Radford et al. 2021, figure 3.
+    Over all keys, and over these queries only. One matrix product: all come from the same tile. Log-sum-exps are float64 whatever the rows are, and -inf over
+    nothing; a pair's logit is of the accumulation dtype, and 0 where there is no pair. Where training ends both are
+    large and their difference, the loss, is small: a float32 of the size of a logit would not hold its digits, nor
+    would a pair's logit that another product has rounded. Source: Radford et al. 2021, figure 3.
     """
-    return _ops(query_BE).infonce_forward(query_BE, key_GE, scale)  # type: ignore[no-any-return]
+    return _ops(query_BE).infonce_forward(query_BE, key_GE, scale, first)  # type: ignore[no-any-return]
 
 
 def infonce_backward(
@@ -53,6 +55,8 @@ def infonce_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query_BE, grad_key_KE, scale_share): two or three matrix products from tiles computed again.
+
+    Log-sum-exps are float64, pairs' logits of the accumulation dtype, both as `infonce_forward` gave them.
 
     With w_ij = exp(l_ij - lse_query_i) + exp(l_ij - lse_key_j) - `pair_weight` [j = first + i] - `uniform`:
     grad_query_i = factor * sum_j w_ij key_j; grad_key_j = factor * sum_i w_ij query_i for the K = key_end - key_begin
@@ -106,16 +110,22 @@ def _ops(rows_BE: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulate_dtype(query_BE.dtype)
-    lse_query_B = torch.full(query_BE.shape[:1], -torch.inf, dtype=wide, device=query_BE.device)
-    lse_key_G = torch.full(key_GE.shape[:1], -torch.inf, dtype=wide, device=query_BE.device)
+    lse_query_B = torch.full(query_BE.shape[:1], -torch.inf, dtype=torch.float64, device=query_BE.device)
+    lse_key_G = torch.full(key_GE.shape[:1], -torch.inf, dtype=torch.float64, device=query_BE.device)
+    pair_query_B = torch.zeros(query_BE.shape[:1], dtype=wide, device=query_BE.device)
     for rows, query_XE in _tiles(query_BE):
         for columns, key_YE in _tiles(key_GE):
             logits_XY = scale * (query_XE.to(wide) @ key_YE.to(wide).T)
-            lse_query_B[rows] = torch.logaddexp(lse_query_B[rows], logits_XY.logsumexp(1))
-            lse_key_G[columns] = torch.logaddexp(lse_key_G[columns], logits_XY.logsumexp(0))
-    return lse_query_B, lse_key_G
+            exact_XY = logits_XY.double()
+            lse_query_B[rows] = torch.logaddexp(lse_query_B[rows], exact_XY.logsumexp(1))
+            lse_key_G[columns] = torch.logaddexp(lse_key_G[columns], exact_XY.logsumexp(0))
+            offset = first + rows.start - columns.start
+            pairs = logits_XY.diagonal(offset)
+            if len(pairs):
+                pair_query_B[rows].narrow(0, max(0, -offset), len(pairs)).copy_(pairs)
+    return lse_query_B, lse_key_G, pair_query_B
 
 
 def _infonce_backward(
@@ -136,9 +146,13 @@ def _infonce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shares = []
 
+    def minus(logits_XY: Tensor, lse: Tensor) -> Tensor:
+        rounded = lse.to(logits_XY.dtype)
+        return (logits_XY - rounded).sub_((lse - rounded).to(logits_XY.dtype))
+
     def weigh(logits_XY: Tensor, rows: slice, columns: slice) -> Tensor:
-        by_query_XY = torch.exp(logits_XY - lse_query_B[rows, None]) - uniform
-        by_key_XY = torch.exp(logits_XY - lse_key_G[None, columns])
+        by_query_XY = torch.exp(minus(logits_XY, lse_query_B[rows, None])) - uniform
+        by_key_XY = torch.exp(minus(logits_XY, lse_key_G[None, columns]))
         by_query_share = (by_query_XY * (logits_XY - pair_query_B[rows, None])).sum()
         shares.append(by_query_share + (by_key_XY * (logits_XY - pair_key_G[None, columns])).sum())
         weight_XY = by_query_XY.add_(by_key_XY)
@@ -233,10 +247,13 @@ reference = SimpleNamespace(
 # --------------------------------------------------------------------------------------------- shapes for tracing
 
 
-def _fake_infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_infonce_forward(
+    query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_shapes(query_BE, key_GE)
-    wide = accumulate_dtype(query_BE.dtype)
-    return query_BE.new_empty(query_BE.shape[0], dtype=wide), query_BE.new_empty(key_GE.shape[0], dtype=wide)
+    num_queries, num_keys = query_BE.shape[0], key_GE.shape[0]
+    lse_query_B, lse_key_G = (query_BE.new_empty(num, dtype=torch.float64) for num in (num_queries, num_keys))
+    return lse_query_B, lse_key_G, query_BE.new_empty(num_queries, dtype=accumulate_dtype(query_BE.dtype))
 
 
 def _fake_infonce_backward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
