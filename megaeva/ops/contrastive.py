@@ -30,10 +30,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """(lse_query_B, lse_key_G, pair_query_B): log sum_j exp(l_ij), log sum_i exp(l_ij), and the logits of pairs.
 
-    Over all keys, and over these queries only. One matrix product: all come from the same tile. Log-sum-exps are float64 whatever the rows are, and -inf over
-    nothing; a pair's logit is of the accumulation dtype, and 0 where there is no pair. Where training ends both are
-    large and their difference, the loss, is small: a float32 of the size of a logit would not hold its digits, nor
-    would a pair's logit that another product has rounded. Source: Radford et al. 2021, figure 3.
+    Over all keys, and over these queries only. One matrix product: all come from the same tile. Log-sum-exps are
+    float64 whatever the rows are, and -inf over nothing; a pair's logit is of the accumulation dtype, and 0 where there
+    is no pair. Where training ends both are large and their difference, the loss, is small: a float32 of the size of a
+    logit would not hold its digits, nor would a pair's logit from another product, which rounds differently.
+    Source: Radford et al. 2021, figure 3.
     """
     return _ops(query_BE).infonce_forward(query_BE, key_GE, scale, first)  # type: ignore[no-any-return]
 
@@ -247,9 +248,7 @@ reference = SimpleNamespace(
 # --------------------------------------------------------------------------------------------- shapes for tracing
 
 
-def _fake_infonce_forward(
-    query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_shapes(query_BE, key_GE)
     num_queries, num_keys = query_BE.shape[0], key_GE.shape[0]
     lse_query_B, lse_key_G = (query_BE.new_empty(num, dtype=torch.float64) for num in (num_queries, num_keys))
