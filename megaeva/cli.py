@@ -263,12 +263,15 @@ def evaluate(
 @bench_app.command("step")
 @explained
 def bench_step(
-    variant: Annotated[str, typer.Option(help="A published model.")] = "EVA02-CLIP-B-16",
+    model: Annotated[str, typer.Option(help="A published model, by its own or open_clip's name.")] = "EVA02-CLIP-B-16",
     batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 16,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "fp32",
     peer: Annotated[
-        Literal["plain", "padded", "none"],
-        typer.Option(help="plain: the same model in plain PyTorch. padded: our step, captions not shortened."),
+        Literal["open_clip", "plain", "padded", "none"],
+        typer.Option(
+            help="open_clip: its own step, real captions. plain: the same model in plain PyTorch. padded: our step, "
+            "captions not shortened."
+        ),
     ] = "plain",
     part: Annotated[Literal["both", "vision", "text"], typer.Option(help="Towers that are trained.")] = "both",
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each side.")] = 7,
@@ -277,7 +280,7 @@ def bench_step(
     """Time a training step of one rank through Megatron-core."""
     from megaeva.bench.command import run_step
 
-    for line in run_step(variant, batch, precision, peer, part, rounds, threads):
+    for line in run_step(model, batch, precision, peer, part, rounds, threads):
         typer.echo(line)
 
 
@@ -335,7 +338,7 @@ def bench_data(
         Literal["webdataset"],
         typer.Option(help="webdataset: open_clip's pipeline on webdataset, Pillow and torchvision."),
     ] = "webdataset",
-    variant: Annotated[
+    model: Annotated[
         str, typer.Option(help="A published model, for sizes of images and captions.")
     ] = "EVA02-CLIP-B-16",
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
@@ -348,7 +351,7 @@ def bench_data(
     """
     from megaeva.bench.command import run_data
 
-    for line in run_data(variant, batch, peer, workers, rounds):
+    for line in run_data(model, batch, peer, workers, rounds):
         typer.echo(line)
 
 

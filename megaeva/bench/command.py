@@ -9,15 +9,15 @@ from typing import Literal
 import psutil
 
 from megaeva.config.schema import ModelSection
-from megaeva.config.variants import VARIANTS
-from megaeva.errors import ConfigError
+from megaeva.config.variants import OPEN_CLIP_NAMES, VARIANTS
+from megaeva.errors import ConfigError, UserError
 
 
 def run_step(
-    variant: str,
+    model: str,
     batch: int,
     precision: Literal["fp32", "bf16"],
-    peer: Literal["plain", "padded", "none"],
+    peer: Literal["open_clip", "plain", "padded", "none"],
     part: Literal["both", "vision", "text"],
     rounds: int,
     threads: int | None,
@@ -25,13 +25,10 @@ def run_step(
     """Yields lines to print: what was measured, and its row for benchmarks/log.md.
 
     Raises:
-        ConfigError: an unknown variant, or a peer that the part does not have.
+        UserError: an unknown model, a peer that the model or the part does not have or that is not installed.
     """
-    model = find_model(variant)
-    if peer == "padded" and part == "vision":
-        raise ConfigError(
-            "--part vision has no captions, --peer padded measures theirs; use --part text or --part both."
-        )
+    section = find_model(model)
+    _check_step(section, peer, part)
     import torch
 
     from megaeva.bench.step import benchmark_step
@@ -39,28 +36,26 @@ def run_step(
     if threads:
         torch.set_num_threads(threads)
     command = (
-        f"megaeva bench step --peer {peer} --variant {variant} --batch {batch} --precision {precision} --part {part} "
+        f"megaeva bench step --peer {peer} --model {model} --batch {batch} --precision {precision} --part {part} "
         f"--rounds {rounds} --threads {torch.get_num_threads()}"
     )
     yield command
-    times = benchmark_step(model, batch_size=batch, precision=precision, peer=peer, part=part, num_rounds=rounds)
+    times = benchmark_step(section, batch_size=batch, precision=precision, peer=peer, part=part, num_rounds=rounds)
     yield from times.report(command)
 
 
-def run_data(variant: str, batch: int, peer: Literal["webdataset"], workers: int, rounds: int) -> Iterator[str]:
+def run_data(model: str, batch: int, peer: Literal["webdataset"], workers: int, rounds: int) -> Iterator[str]:
     """Yields lines to print: what was measured, and its row for benchmarks/log.md.
 
     Raises:
-        UserError: an unknown variant, or a package that the benchmark needs is not installed.
+        UserError: an unknown model, or a package that the benchmark needs is not installed.
     """
-    model = find_model(variant)
+    section = find_model(model)
     from megaeva.bench.data import benchmark_data
 
-    command = (
-        f"megaeva bench data --peer {peer} --variant {variant} --batch {batch} --workers {workers} --rounds {rounds}"
-    )
+    command = f"megaeva bench data --peer {peer} --model {model} --batch {batch} --workers {workers} --rounds {rounds}"
     yield command
-    yield from benchmark_data(model, batch_size=batch, num_workers=workers, num_rounds=rounds).report(command)
+    yield from benchmark_data(section, batch_size=batch, num_workers=workers, num_rounds=rounds).report(command)
 
 
 def run_loss(
@@ -131,16 +126,36 @@ def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir
     return not any(layout.fault for layout in comparison.layouts)
 
 
-def find_model(variant: str) -> ModelSection:
-    """The published model of that name.
+def find_model(name: str) -> ModelSection:
+    """The published model of that name, upstream's or open_clip's.
 
     Raises:
         ConfigError: there is none.
     """
+    upstream = {theirs: ours for ours, theirs in OPEN_CLIP_NAMES.items()}
+    variant = upstream.get(name, name)
     if variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, n=3) or list(VARIANTS)
-        raise ConfigError(f"--variant {variant} must be a known model; did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(name, [*VARIANTS, *upstream], n=3) or list(VARIANTS)
+        raise ConfigError(f"--model {name} must be a known model; did you mean {' or '.join(near)}?")
     return ModelSection.model_validate({"variant": variant} | VARIANTS[variant])
+
+
+def _check_step(model: ModelSection, peer: str, part: str) -> None:
+    if peer == "padded" and part == "vision":
+        raise ConfigError(
+            "--part vision has no captions, --peer padded measures theirs; use --part text or --part both."
+        )
+    if peer != "open_clip":
+        return
+    if part != "both":
+        raise ConfigError(f"--part {part} --peer open_clip: open_clip trains both towers; use --part both.")
+    if model.variant not in OPEN_CLIP_NAMES:
+        raise ConfigError(
+            f"--model {model.variant} --peer open_clip: open_clip has no such model; it must be one of "
+            f"{', '.join(OPEN_CLIP_NAMES)}, or use --peer plain."
+        )
+    if importlib.util.find_spec("open_clip") is None:
+        raise UserError("--peer open_clip needs open_clip, which is not installed; `pip install 'megaeva[eval]'`.")
 
 
 def _check_loss(batches: Sequence[int], peer: str, ranks: int) -> None:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from megaeva.bench import plain
-from megaeva.bench.captions import end_tokens, typical_tokens
+from megaeva.bench.captions import end_tokens, real_tokens, typical_tokens
 from megaeva.bench.compare import Comparison, alternate, milliseconds, row
+from megaeva.bench.matrix_work import PRODUCT, ceiling, step_flops
+from megaeva.bench.open_clip_peer import OpenClipStep, converted_weights
 from megaeva.config.schema import Config, ModelSection, OptimSection, TowerOptimSection, TrainSection
+from megaeva.config.variants import OPEN_CLIP_NAMES
 from megaeva.data.batch import Batch
 from megaeva.model.text_tower import TextTower
 from megaeva.optim.build import build_optimizer
@@ -23,7 +26,7 @@ from megaeva.parallel.runtime import Runtime, seed_pass, start, stop
 from megaeva.parallel.shards import gather_full
 from megaeva.tasks.contrastive import Contrastive
 
-Peer = Literal["plain", "padded", "none"]
+Peer = Literal["open_clip", "plain", "padded", "none"]
 Part = Literal["both", "vision", "text"]
 Precision = Literal["fp32", "bf16"]
 
@@ -34,6 +37,20 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
+class Work:
+    """Matrix products of a step.
+
+    Attributes:
+        ours, peer: operations a step, the captions as long as each side computes them.
+        ceiling: operations a second that the machine's products reach, in the same run and precision.
+    """
+
+    ours: float
+    peer: float
+    ceiling: float
+
+
+@dataclass(frozen=True)
 class StepTimes:
     """What `benchmark_step` measured.
 
@@ -41,22 +58,39 @@ class StepTimes:
         peer: what ours was measured against.
         captions: what the text tower was fed.
         timed: milliseconds of a step; the peer's equal ours for peer "none".
+        batch_size: samples of a step.
+        work: what the steps have to multiply.
     """
 
     peer: Peer
     captions: str
     timed: Comparison
+    batch_size: int
+    work: Work
 
     def report(self, command: str) -> list[str]:
-        """A sentence, and the row for the log's table of steps: date, commit, command, ms, ms, ratio, machine."""
+        """Sentences, and the row for the log's table of steps: date, commit, command, ms, ms, ratio, machine."""
         ours, ratio = f"our step {self.timed.ours:.0f} ms", self.timed.ours_per_peer
+        product = " x ".join(map(str, PRODUCT))
+        ceiling = f"of the {self.work.ceiling / 1e9:.0f} GFLOP/s that products of {product} reach here"
+        multiplied = f"matrix products: ours {self._share(self.work.ours, self.timed.ours)} {ceiling}"
         if self.peer == "none":
-            return [f"{ours}; {self.captions}", row(f"`{command}`", f"{self.timed.ours:.0f}", "", "")]
-        peer = {"plain": "plain PyTorch", "padded": "with the text tower at full length"}[self.peer]
+            return [f"{ours}; {self.captions}", multiplied, row(f"`{command}`", f"{self.timed.ours:.0f}", "", "")]
+        peer = {
+            "open_clip": "open_clip",
+            "plain": "plain PyTorch",
+            "padded": "with the text tower at full length",
+        }[self.peer]
+        per_second = [f"{1e3 * self.batch_size / ms:.2f}" for ms in (self.timed.ours, self.timed.peer)]
         return [
             f"{ours}, {peer} {self.timed.peer:.0f} ms, ours / peer {ratio}; {self.captions}",
+            f"samples/s: ours {per_second[0]}, peer {per_second[1]}, ours / peer {self.timed.peer_per_ours}",
+            f"{multiplied}; peer {self._share(self.work.peer, self.timed.peer)}",
             row(f"`{command}`", f"{self.timed.ours:.0f}", f"{self.timed.peer:.0f}", str(ratio)),
         ]
+
+    def _share(self, flops: float, ms: float) -> str:
+        return f"{flops / 1e12:.2f} TFLOP a step, {100 * flops / (1e-3 * ms) / self.work.ceiling:.0f} %"
 
 
 def benchmark_step(
@@ -64,37 +98,69 @@ def benchmark_step(
 ) -> StepTimes:
     """Times our step of `model` and the peer's alternately, after checking that both compute the same.
 
-    Memory: two models with gradients and Adam's moments for peer "plain", one otherwise.
+    Memory: two models with gradients and Adam's moments for peers "open_clip" and "plain", one otherwise.
 
     Args:
-        peer: "plain": `plain.CLIP`, the same weights, torch's fused AdamW (bf16: autocast); captions fill the context,
-            so that neither side can shorten them. "padded": our own step, its text tower computing the padding too;
-            captions of typical lengths. "none": our step alone, on the same captions as "plain".
-        part: one tower alone: of the other there is one layer of width 16, on both sides.
+        peer: "open_clip": its own model of that name with its own weights, which ours takes over, ClipLoss and AdamW
+            (bf16: autocast); real captions, which open_clip computes to their full length. "plain": `plain.CLIP`, the
+            same weights, torch's fused AdamW (bf16: autocast); captions fill the context, so that neither side can
+            shorten them. "padded": our own step, its text tower computing the padding too; captions of typical lengths.
+            "none": our step alone, on the same captions as "plain".
+        part: one tower alone: of the other there is one layer of width 16, on both sides; not with peer "open_clip".
     """
     model = only(model, part)
     runtime = start("auto")
     try:
         cfg = recipe(model, batch_size, precision)
-        token_BL, captions = (typical_tokens if peer == "padded" else end_tokens)(model.text, batch_size)
+        draw = {"open_clip": real_tokens, "plain": end_tokens, "padded": typical_tokens, "none": end_tokens}[peer]
+        token_BL, captions = draw(model.text, batch_size)
         batch = example_batch(model, token_BL).to(runtime.device)
-        ours = MegatronStep(cfg, runtime, batch)
         other: Callable[[], float]
+        if peer == "open_clip":
+            theirs = _open_clip_model(model).to(runtime.device)
+            ours = MegatronStep(cfg, runtime, batch, converted_weights(theirs, model))
+            other = OpenClipStep(theirs, cfg, batch)
+            assert_same_loss(ours(), other(), precision)
+        else:
+            ours = other = MegatronStep(cfg, runtime, batch)
         if peer == "plain":
             other = PlainStep(cfg, ours.weights(), batch)
-            first, others_first = ours(), other()
-            assert math.isclose(first, others_first, rel_tol=TOLERANCE[precision]), (first, others_first)
+            assert_same_loss(ours(), other(), precision)
         elif peer == "padded":
             other = _padded(ours)
             assert_same_embeddings(ours.task.model.text, token_BL.to(runtime.device), TOLERANCE[precision])
             ours(), other()
-        else:
+        elif peer == "none":
             ours()
-            times = tuple(milliseconds(ours, runtime.device.type) for _ in range(num_rounds))
-            return StepTimes(peer, captions, Comparison(times, times))
-        return StepTimes(peer, captions, alternate(ours, other, device=runtime.device.type, num_rounds=num_rounds))
+        device = runtime.device
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        before = ceiling(dtype, device)
+        if peer == "none":
+            times = tuple(milliseconds(ours, device.type) for _ in range(num_rounds))
+            timed = Comparison(times, times)
+        else:
+            timed = alternate(ours, other, device=device.type, num_rounds=num_rounds)
+        work = Work(
+            step_flops(model, batch_size, num_text_tokens=int(token_BL.argmax(-1).max()) + 1),
+            step_flops(model, batch_size, num_text_tokens=model.text.context_length),
+            max(before, ceiling(dtype, device)),
+        )
+        return StepTimes(peer, captions, timed, batch_size, work)
     finally:
         stop()
+
+
+def _open_clip_model(model: ModelSection) -> nn.Module:
+    import open_clip
+
+    assert model.variant is not None
+    made: nn.Module = open_clip.create_model(OPEN_CLIP_NAMES[model.variant])
+    return made
+
+
+def assert_same_loss(ours: float, peer: float, precision: Precision) -> None:
+    """Fails when the losses of both sides' first steps differ by more than TOLERANCE."""
+    assert math.isclose(ours, peer, rel_tol=TOLERANCE[precision]), (ours, peer)
 
 
 def recipe(model: ModelSection, batch_size: int, precision: Precision) -> Config:
@@ -128,11 +194,17 @@ def example_batch(model: ModelSection, token_BL: Tensor) -> Batch:
 
 
 class MegatronStep:
-    """Calling it makes one training step on `batch`, as the trainer does, and returns its loss."""
+    """Calling it makes one training step on `batch`, as the trainer does, and returns its loss.
 
-    def __init__(self, cfg: Config, runtime: Runtime, batch: Batch) -> None:
+    Args:
+        weights: whole tensors to start from, under the names of a CLIPModel; None: fresh ones.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, batch: Batch, weights: dict[str, Tensor] | None = None) -> None:
         self.cfg, self.batch = cfg, batch
         self.task = Contrastive(cfg, runtime)
+        if weights is not None:
+            self.task.model.load_state_dict(weights)
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.num_steps = 0
 

@@ -126,6 +126,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         768, _clip(336, 14, 1024, 24, 16, 4096, "quick_gelu"), _text(768, 12, 12, "quick_gelu")
     ),
     # OpenCLIP laion2b weights.
+    "ViT-B-16": _pair(512, _clip(224, 16, 768, 12, 12, 3072), _text(512, 12, 8)),
     "ViT-H-14": _pair(1024, _clip(224, 14, 1280, 32, 16, 5120), _text(1024, 24, 16)),
     "ViT-bigG-14": _pair(1280, _clip(224, 14, 1664, 48, 16, 8192), _text(1280, 32, 20)),
     # DFN5B weights.
@@ -139,3 +140,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Demo-Teacher": _pair(96, _clip(48, 12, 96, 4, 4, 384), _DEMO_TEXT),
     "Demo-Student": _pair(96, _eva_rmsnorm(48, 192, 6, 6, 768, "pre") | {"patch_size": 12}, _DEMO_TEXT),
 }
+
+OPEN_CLIP_NAMES: dict[str, str] = {
+    "EVA01-CLIP-g-14": "EVA01-g-14",
+    "EVA01-CLIP-g-14-plus": "EVA01-g-14-plus",
+    "EVA02-CLIP-B-16": "EVA02-B-16",
+    "EVA02-CLIP-L-14": "EVA02-L-14",
+    "EVA02-CLIP-L-14-336": "EVA02-L-14-336",
+    "EVA02-CLIP-bigE-14": "EVA02-E-14",
+    "EVA02-CLIP-bigE-14-plus": "EVA02-E-14-plus",
+} | {name: name for name in VARIANTS if name.startswith("ViT-")}
+"""What open_clip calls the variants that it has too."""

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 from typer.testing import CliRunner
 
 from megaeva import cli
+from megaeva.bench.command import find_model
+from megaeva.config.variants import OPEN_CLIP_NAMES, VARIANTS
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,11 +26,14 @@ def run(*arguments: str) -> Any:
         (("stepp",), "'step'"),
         (("step", "--per", "plain"), "--peer"),
         (("step", "--peer", "plainn"), "'plain'"),
-        (("step", "--variant", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("step", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("step", "--model", "EVA02-B16"), "did you mean EVA02-B-16"),
+        (("step", "--peer", "open_clip", "--model", "EVA-CLIP-8B"), "open_clip has no such model"),
+        (("step", "--peer", "open_clip", "--part", "text"), "use --part both"),
         (("step", "--peer", "padded", "--part", "vision"), "--part vision has no captions"),
         (("normalize-pack", "--num-sample", "8"), "--num-samples"),
         (("data", "--peer", "plain"), "'plain'"),
-        (("data", "--variant", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("data", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
         (("data", "--workers", "0"), "--workers"),
     ],
 )
@@ -44,9 +50,9 @@ def test_step_prints_its_command_and_the_row(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("megaeva.bench.command.find_model", tiny)
     result = run("step", "--batch", "3", "--rounds", "2", "--part", "vision")
     assert result.exit_code == 0, result.output
-    command, _, row = result.stdout.splitlines()
+    command, *_, row = result.stdout.splitlines()
     assert command == (
-        "megaeva bench step --peer plain --variant EVA02-CLIP-B-16 --batch 3 --precision fp32 --part vision "
+        "megaeva bench step --peer plain --model EVA02-CLIP-B-16 --batch 3 --precision fp32 --part vision "
         "--rounds 2 --threads 1"
     )
     assert f"| `{command}` |" in row
@@ -62,3 +68,16 @@ def test_the_tool_is_the_command() -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert [row.count("|") for row in rows] == [8, 8]
     assert "normalize_pack forward, B=4 E=3 float32 cpu" in rows[0]
+
+
+def test_open_clips_names_are_understood_and_known_to_open_clip() -> None:
+    assert find_model("EVA02-B-16") == find_model("EVA02-CLIP-B-16")
+    assert find_model("ViT-B-16").variant == "ViT-B-16"
+    assert set(OPEN_CLIP_NAMES) <= set(VARIANTS)
+    assert set(OPEN_CLIP_NAMES.values()) <= set(open_clip.list_models())
+
+
+def test_open_clip_must_be_installed_to_be_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("step", "--peer", "open_clip")
+    assert result.exit_code == 2 and "pip install 'megaeva[eval]'" in result.stderr

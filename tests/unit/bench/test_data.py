@@ -99,8 +99,6 @@ def test_the_command_prints_images_per_second(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(cli.app, ["bench", "data", "--rounds", "3"])
     assert result.exit_code == 0, result.output
     command, sentence, row = result.stdout.splitlines()
-    assert command == (
-        "megaeva bench data --peer webdataset --variant EVA02-CLIP-B-16 --batch 64 --workers 2 --rounds 3"
-    )
+    assert command == ("megaeva bench data --peer webdataset --model EVA02-CLIP-B-16 --batch 64 --workers 2 --rounds 3")
     assert "our loader 1280 images/s, webdataset and Pillow 800 images/s, ours / peer 2 (1-2)" in sentence
     assert f"| `{command}` | 1280 | 800 | 2 (1-2) |" in row
