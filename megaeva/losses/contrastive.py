@@ -63,9 +63,9 @@ def clip_loss(
     `log_scale` this rank's share, so that the sum over the group is the derivative. Differentiable once.
 
     Communication: one all-gather of both modalities in the features' dtype (of images only with `text_in_flight`); 12
-    integers that tell a bad input; 2 numbers of each pair, and the log-sum-exps of the texts reduced twice. Backward
-    sends nothing. Memory: unit rows of this rank, or where ranks are several, of the whole batch, O(G * E), in the
-    features' dtype; tiles of logits; never batch^2.
+    integers that tell a bad input; 2 numbers of each pair, and the texts' log-sum-exps reduced twice, in float64.
+    Backward sends nothing. Memory: unit rows of this rank, or where ranks are several, of the whole batch, O(G * E), in
+    the features' dtype; tiles of logits; never batch^2.
 
     Args:
         text_in_flight: of `start_gather(text_BE, group)`.
@@ -123,18 +123,18 @@ class _InfoNCE(torch.autograd.Function):
         image_GE, text_GE, first = _gather(image_BE, text_BE, group, text_in_flight)
         num_local, num_pairs = len(image_BE), len(image_GE)
         scale = log_scale.to(accumulate_dtype(image_BE.dtype)).exp()
-        lse_image_B, lse_text_G = infonce_forward(image_BE, text_GE, scale)
-        numbers = [lse_image_B, scale * _row_products(image_BE, text_BE)]
+        lse_image_B, lse_text_G, pair_B = infonce_forward(image_BE, text_GE, scale, first)
+        numbers = [lse_image_B, pair_B]
         if smoothing:  # this rank's share of the sum of all logits
             numbers.append((scale * (_sum_of_rows(image_BE) * _sum_of_rows(text_GE)).sum())[None])
         # From here on all ranks compute with the same numbers.
         gathered = all_gather_rows(torch.cat(numbers)[None], group)
         lse_image_G, pair_G = (gathered[:, i * num_local : (i + 1) * num_local].flatten() for i in range(2))
         lse_text_G = all_logsumexp(lse_text_G, group)
-        total = (lse_image_G.double() - pair_G + (lse_text_G.double() - pair_G)).sum()
+        total = (lse_image_G - pair_G + (lse_text_G - pair_G)).sum()
         if smoothing:
-            total += 2 * smoothing * (pair_G.double().sum() - gathered[:, -1].double().sum() / num_pairs)
-        ctx.save_for_backward(image_GE, text_GE, scale, lse_image_G, lse_text_G, pair_G)
+            total += 2 * smoothing * (pair_G.sum() - gathered[:, -1].sum() / num_pairs)
+        ctx.save_for_backward(image_GE, text_GE, scale, lse_image_G, lse_text_G, pair_G.to(scale.dtype))
         ctx.first, ctx.num_local, ctx.smoothing, ctx.log_scale_dtype = first, num_local, smoothing, log_scale.dtype
         return (total / (2 * num_pairs)).to(scale.dtype)
 
@@ -234,13 +234,6 @@ def _add_strips(grad_text_BE: Tensor, here: slice, num_pairs: int, strip: Callab
     for keys in (slice(0, here.start), slice(here.stop, num_pairs)):
         if keys.start < keys.stop:
             grad_text_BE += strip(keys)
-
-
-def _row_products(image_BE: Tensor, text_BE: Tensor) -> Tensor:
-    """<image_i, text_i> for each i, [B], in the accumulation dtype."""
-    wide = accumulate_dtype(image_BE.dtype)
-    blocks = zip(image_BE.split(_BLOCK), text_BE.split(_BLOCK), strict=True)
-    return torch.cat([(image.to(wide) * text.to(wide)).sum(-1) for image, text in blocks])
 
 
 def _sum_of_rows(rows_XE: Tensor) -> Tensor:

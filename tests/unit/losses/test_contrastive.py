@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,25 +29,36 @@ def pairs(num_pairs: int, dtype: torch.dtype) -> list[Tensor]:
     return [value.to(dtype).requires_grad_() for value in (*values, torch.tensor(0.7))]
 
 
-@pytest.mark.parametrize("num_pairs", [1, 7, 64, 100])
-def test_loss_and_gradients_equal_the_plain_formula(num_pairs: int, monkeypatch, single_rank) -> None:
-    monkeypatch.setattr(operators, "TILE", 32)  # 64: whole tiles; 7, 100: an uneven last one
-    generator = torch.Generator().manual_seed(num_pairs)
+def errors(num_pairs: int, seed: int, group: ProcessGroup) -> list[list[float]]:
+    """Of the plain formula in fp32 and of ours: norms of what is off in the loss and in each gradient."""
+    generator = torch.Generator().manual_seed(1000 * seed + num_pairs)
     values = [torch.randn(num_pairs, 24, generator=generator, dtype=torch.float64) * 3 for _ in range(2)]
     values.append(torch.tensor(2.3, dtype=torch.float64))
-    exact = [value.clone().requires_grad_() for value in values]
-    plain_loss(*exact).backward()
-    ours = [value.float().requires_grad_() for value in values]
-    loss = clip_loss(*ours, group=single_rank.groups.dp)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), plain_loss(*values), rtol=1e-6, atol=1e-6)
-    plain32 = [value.float().requires_grad_() for value in values]
-    plain_loss(*plain32).backward()
-    for ours_leaf, exact_leaf, plain_leaf in zip(ours, exact, plain32, strict=True):
-        error = (ours_leaf.grad.double() - exact_leaf.grad).abs().max()
-        plain_error = (plain_leaf.grad.double() - exact_leaf.grad).abs().max()
-        assert error <= 2 * plain_error + 1e-9, (error, plain_error)
+    outcomes = []
+    for loss, dtype in (
+        (plain_loss, torch.float64),
+        (plain_loss, torch.float32),
+        (lambda *leaves: clip_loss(*leaves, group=group), torch.float32),
+    ):
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in values]
+        value = loss(*leaves)
+        assert value.dtype == dtype
+        outcomes.append([value.detach().double(), *(g.double() for g in torch.autograd.grad(value, leaves))])
+    exact, *rough = outcomes
+    return [[(mine - true).norm().item() for mine, true in zip(one, exact, strict=True)] for one in rough]
+
+
+@pytest.mark.parametrize("num_pairs", [1, 7, 64, 100])
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_error_is_that_of_the_plain_formula(num_pairs: int, implementation: str, monkeypatch, single_rank) -> None:
+    if implementation == "reference":
+        monkeypatch.setattr(operators, "_NATIVE_DEVICES", frozenset())
+        monkeypatch.setattr(operators, "TILE", 32)  # 64: whole tiles; 7, 100: an uneven last one
+    elif "cpu" not in operators._NATIVE_DEVICES:
+        pytest.skip("the extension is not built")
+    # Over draws: in a single one the plain formula's few roundings may cancel.
+    plain, ours = torch.tensor([errors(num_pairs, seed, single_rank.groups.dp) for seed in range(12)]).norm(dim=0)
+    assert (ours <= 2 * plain).all(), (ours, plain)
 
 
 def test_large_unnormalised_inputs_at_scale_100_stay_finite(single_rank) -> None:
