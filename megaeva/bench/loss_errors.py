@@ -8,10 +8,11 @@ import torch
 from megaeva.bench.loss_sides import Features, Outcome, draw, engine, plain_formula
 
 SCALES = (1.0, 14.3, 100.0)
-NUM_DRAWS = 6
+NUM_DRAWS = 8
 QUANTITIES = ("loss", "image_BE", "text_BE", "log_scale")
 _HUGE = 30.0  # one image and one text are this long and parallel: a logit of 900 times the scale
 _ROUNDING = 2.0**-24
+_FP64_ROUNDING = 2.0**-50  # of logits of this scale, a few roundings
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,12 @@ class Errors:
     reference: dict[str, float]
 
     def ratio(self, quantity: str) -> float:
-        """Error of ours per error of the plain formula, which counts as at least the rounding of an exact result."""
-        allowed = max(self.plain[quantity], _ROUNDING * self.reference[quantity])
-        return self.ours[quantity] / allowed if allowed else float("inf") if self.ours[quantity] else 0.0
+        """Error of ours per error of the plain formula, which counts as at least the exact result's rounding to fp32.
+
+        And as what the fp64 formula itself loses: where every pair is certain, its gradients are rounding.
+        """
+        least = max(_ROUNDING * self.reference[quantity], _FP64_ROUNDING * self.scale)
+        return self.ours[quantity] / max(self.plain[quantity], least)
 
 
 def measure_errors(num_pairs: int, embed_dim: int) -> list[Errors]:

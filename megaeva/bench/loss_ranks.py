@@ -7,6 +7,7 @@ both its gradients are as many times too large as there are ranks, which DDP's m
 import dataclasses
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -123,6 +124,8 @@ def benchmark_ranks(job: RanksJob) -> RankTimes:
 
 
 def _run(rank: int, job: RanksJob, folder: str) -> None:
+    # ClipLoss gathers by a function that torch wants to drop, and every rank would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"open_clip\.")
     torch.set_num_threads(job.num_threads)
     store = dist.FileStore(f"{folder}/store", job.num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job.num_ranks)

@@ -64,9 +64,8 @@ def engine(features: Features) -> Outcome:
     """Of our operators alone, on rows as they are: what `clip_loss` runs between normalisation and collectives."""
     image_BE, text_BE = features.image_BE, features.text_BE
     num_pairs, scale = len(image_BE), features.log_scale.exp()
-    lse_image_B, lse_text_B = infonce_forward(image_BE, text_BE, scale)
-    pair_B = scale * torch.linalg.vecdot(image_BE.to(scale.dtype), text_BE.to(scale.dtype))
-    loss = (lse_image_B + lse_text_B - 2 * pair_B).mean() / 2
+    lse_image_B, lse_text_B, pair_B = infonce_forward(image_BE, text_BE, scale, 0)
+    loss = ((lse_image_B - pair_B) + (lse_text_B - pair_B)).mean().to(scale.dtype) / 2
     factor = scale / (2 * num_pairs)
     grad_image_BE, grad_text_BE, share = infonce_backward(
         image_BE, text_BE, scale, factor, lse_image_B, lse_text_B, pair_B, pair_B,
