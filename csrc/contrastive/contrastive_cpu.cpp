@@ -201,17 +201,18 @@ MEGAEVA_INLINE A softplus(A x) {
 }
 
 template <typename A>
-MEGAEVA_INLINE void sigmoid_forward_rows(const SigmoidForwardParams& p, std::int64_t begin, std::int64_t end,
-                                         A* logit) {
+MEGAEVA_INLINE void sigmoid_forward_rows(const SigmoidForwardParams& p, std::int64_t begin, std::int64_t end, A* row) {
   const A scale = *static_cast<const A*>(p.scale), bias = *static_cast<const A*>(p.bias);
   const std::int64_t columns = p.columns;
   for (std::int64_t i = begin; i < end; ++i) {
-    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, logit);
+    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, row);
     const std::int64_t pair = p.pair + i;
-    if (0 <= pair && pair < columns) logit[pair] = -logit[pair];
-    A total = 0;
+    if (0 <= pair && pair < columns) row[pair] = -row[pair];
+#pragma omp simd
+    for (std::int64_t j = 0; j < columns; ++j) row[j] = softplus(row[j]);
+    double total = 0;
 #pragma omp simd reduction(+ : total)
-    for (std::int64_t j = 0; j < columns; ++j) total += softplus(logit[j]);
+    for (std::int64_t j = 0; j < columns; ++j) total += row[j];
     p.total[i] += total;
   }
 }
@@ -222,25 +223,28 @@ MEGAEVA_INLINE void sigmoid_backward_rows(const SigmoidBackwardParams& p, std::i
   const A scale = *static_cast<const A*>(p.scale), bias = *static_cast<const A*>(p.bias);
   const std::int64_t columns = p.columns;
   for (std::int64_t i = begin; i < end; ++i) {
-    logits_of(static_cast<const A*>(p.product) + i * columns, scale, bias, columns, row);
+    const A* product = static_cast<const A*>(p.product) + i * columns;
+    logits_of(product, scale, bias, columns, row);
     const std::int64_t pair = p.pair + i;
-    A pair_logit = 0, pair_weight = 0;
-    if (0 <= pair && pair < columns) {
-      pair_logit = row[pair];
-      pair_weight = A(-1) / (A(1) + exponential(pair_logit));
-      row[pair] = A(-1e6);  // weighs 0 in the loop below
+    const bool has_pair = 0 <= pair && pair < columns;
+    // In double: next to its near 1 the other weights are small, and so is their sum's error.
+    const double pair_weight = has_pair ? -1.0 / (1.0 + std::exp(static_cast<double>(row[pair]))) : 0.0;
+#pragma omp simd
+    for (std::int64_t j = 0; j < columns; ++j) row[j] = A(1) / (A(1) + exponential(-row[j]));
+    double along = 0, sum = 0;
+    if (has_pair) {
+      row[pair] = 0;
+      along = pair_weight * double(product[pair]);
+      sum = pair_weight;
     }
-    A scale_share = pair_weight * (pair_logit - bias), bias_share = pair_weight;
-#pragma omp simd reduction(+ : scale_share, bias_share)
+#pragma omp simd reduction(+ : along, sum)
     for (std::int64_t j = 0; j < columns; ++j) {
-      const A value = A(1) / (A(1) + exponential(-row[j]));
-      scale_share += value * (row[j] - bias);
-      bias_share += value;
-      row[j] = value;
+      along += double(row[j]) * double(product[j]);
+      sum += row[j];
     }
-    if (0 <= pair && pair < columns) row[pair] = pair_weight;
-    p.scale_share[i] += scale_share;
-    p.bias_share[i] += bias_share;
+    p.scale_share[i] += double(scale) * along;
+    p.bias_share[i] += sum;
+    if (has_pair) row[pair] = static_cast<A>(pair_weight);
     store_row(row, columns, static_cast<W*>(p.weight) + i * columns);
   }
 }

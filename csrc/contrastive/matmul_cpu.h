@@ -2,9 +2,10 @@
 //
 // float32 and bfloat16 go through oneDNN's small blocks (at::native::cpublas::brgemm): bfloat16 products are summed in
 // float32, which at::mm cannot return, and float32 is twice as fast as MKL on an AMD machine. What oneDNN has no blocks
-// for (float64, a machine without AVX2, an odd width of bfloat16) goes through at::mm, in the accumulation type.
+// for (float64, a machine without AVX2, torch.backends.mkldnn switched off) goes through at::mm.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
@@ -23,7 +24,7 @@ namespace megaeva::contrastive {
 constexpr std::int64_t kTileRows = 2048;    // tall: keys are packed once for all rows of a tile
 constexpr std::int64_t kTileColumns = 512;
 constexpr std::int64_t kBlock = 64;         // rows and columns of a product that one call to oneDNN computes
-constexpr std::int64_t kBlockDepth = 256;  // terms it sums in one go: short chains round less
+constexpr std::int64_t kBlockDepth = 128;  // terms it sums in one go: longer chains would round more than MKL's
 
 constexpr std::int64_t blocks_of(std::int64_t length) { return (length + kBlock - 1) / kBlock; }
 
@@ -107,9 +108,10 @@ void multiply(const T* left, std::int64_t left_stride, const T* panels, std::int
   });
 }
 
-// Whether oneDNN multiplies T here: asked by doing it.
+// Whether oneDNN multiplies T here: asked by doing it, and by torch.backends.mkldnn.
 template <typename T>
 bool has_blocks() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool works = [] {
     try {
       const T left[2] = {T(1), T(2)};
@@ -141,11 +143,10 @@ class Matmul {
         columns_(std::clamp<std::int64_t>(key.size(0), 1, kTileColumns)),
         width_(query.size(1)),
         type_(wide_type(query.scalar_type())) {
-    if (query.scalar_type() == at::kBFloat16 && width_ % 2 == 0 && has_bfloat16_instructions() &&
-        has_blocks<c10::BFloat16>()) {
-      type_ = at::kBFloat16;
-    }
-    blocked_ = width_ > 0 && (type_ == at::kBFloat16 || (type_ == at::kFloat && has_blocks<float>()));
+    const bool in_bfloat16 = query.scalar_type() == at::kBFloat16 && width_ % 2 == 0 && has_bfloat16_instructions() &&
+                             has_blocks<c10::BFloat16>();
+    blocked_ = width_ > 0 && (in_bfloat16 || (type_ == at::kFloat && has_blocks<float>()));
+    if (in_bfloat16 && blocked_) type_ = at::kBFloat16;
     product_ = at::empty({rows_ * columns_}, wide_options(query));
     const at::TensorOptions options = query.options().dtype(type_);
     weight_ = type_ == at::kBFloat16 && with_gradients ? at::empty({rows_ * columns_}, options) : product_;

@@ -65,7 +65,8 @@ struct SigmoidForwardParams {
 };
 
 //   w_ij = 1 / (1 + exp(-l_ij)) - [j = pair + i]                     (a pair's as -1 / (1 + exp(l)): no difference)
-//   scale_share_i += sum_j w_ij (l_ij - bias),  bias_share_i += sum_j w_ij
+//   scale_share_i += sum_j w_ij scale <query_i, key_j>,  bias_share_i += sum_j w_ij
+// The former is not w_ij (l_ij - bias): the logit has lost digits to a bias of another size.
 struct SigmoidBackwardParams {
   const void* product;
   void* weight;            // as in InfonceBackwardParams

@@ -96,7 +96,8 @@ def sigmoid_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_query_BE, grad_key_KE, scale_share, bias_share) for w_ij = sigmoid(l_ij) - [j = first + i].
 
-    Gradients as in `infonce_backward`; scale_share = sum_ij w_ij (l_ij - bias), bias_share = sum_ij w_ij (0-dim).
+    Gradients as in `infonce_backward`; scale_share = sum_ij w_ij (l_ij - bias), bias_share = sum_ij w_ij (0-dim), where
+    l_ij - bias is the logit before the bias took digits from it.
     """
     return _ops(query_BE).sigmoid_backward(  # type: ignore[no-any-return]
         query_BE, key_GE, scale, bias, factor, first, key_begin, key_end, dtype
@@ -160,7 +161,7 @@ def _infonce_backward(
         weight_XY.diagonal(first + rows.start - columns.start).sub_(pair_weight)
         return weight_XY
 
-    grads = _gradients(query_BE, key_GE, scale, None, factor, key_begin, key_end, dtype, weigh)
+    grads = _gradients(query_BE, key_GE, scale, factor, key_begin, key_end, dtype, weigh)
     return *grads, torch.stack(shares).sum() if shares else torch.zeros_like(scale)
 
 
@@ -188,17 +189,18 @@ def _sigmoid_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shares = [torch.zeros((2,), dtype=scale.dtype, device=scale.device)]
 
-    def weigh(logits_XY: Tensor, rows: slice, columns: slice) -> Tensor:
+    def weigh(scaled_XY: Tensor, rows: slice, columns: slice) -> Tensor:
         offset = first + rows.start - columns.start
+        logits_XY = scaled_XY + bias
         # sigmoid(l) - 1 = -sigmoid(-l), without the difference of two numbers near 1
         pairs = logits_XY.diagonal(offset)
         pair_weights = -torch.sigmoid(-pairs)
         weight_XY = torch.sigmoid(logits_XY)
         weight_XY.diagonal(offset).copy_(pair_weights)
-        shares.append(torch.stack([(weight_XY * (logits_XY - bias)).sum(), weight_XY.sum()]))
+        shares.append(torch.stack([(weight_XY * scaled_XY).sum(), weight_XY.sum()]))
         return weight_XY
 
-    grads = _gradients(query_BE, key_GE, scale, bias, factor, key_begin, key_end, dtype, weigh)
+    grads = _gradients(query_BE, key_GE, scale, factor, key_begin, key_end, dtype, weigh)
     scale_share, bias_share = torch.stack(shares).sum(0)
     return *grads, scale_share, bias_share
 
@@ -207,21 +209,20 @@ def _gradients(
     query_BE: Tensor,
     key_GE: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     factor: Tensor,
     key_begin: int,
     key_end: int,
     dtype: torch.dtype,
     weigh: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, from the weights that `weigh` makes of each tile of logits."""
+    """Both gradients, from the weights that `weigh` makes of each tile of scaled products."""
     wide = accumulate_dtype(query_BE.dtype)
     grad_query_BE = torch.zeros(query_BE.shape, dtype=wide, device=query_BE.device)
     grad_key_KE = torch.zeros((key_end - key_begin, key_GE.shape[1]), dtype=wide, device=query_BE.device)
     for rows, query_XE in _tiles(query_BE):
         for columns, key_YE in _tiles(key_GE):
             logits_XY = scale * (query_XE.to(wide) @ key_YE.to(wide).T)
-            weight_XY = weigh(logits_XY if bias is None else logits_XY + bias, rows, columns)
+            weight_XY = weigh(logits_XY, rows, columns)
             grad_query_BE[rows].addmm_(weight_XY, key_YE.to(wide))
             begin, end = max(key_begin, columns.start), min(key_end, columns.stop)
             if begin < end:
