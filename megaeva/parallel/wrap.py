@@ -48,6 +48,46 @@ class Tower:
         return self.trained and bool(self.ddp.ddp_config.use_distributed_optimizer)
 
 
+class _Reducer(DistributedDataParallel):
+    """mcore's, but the first gradient of a step replaces the last step's instead of being added to zeros.
+
+    A third of the memory traffic, and of a gradient in bf16 no fp32 copy is made.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._unwritten: set[Any] = set()  # before mcore makes the hooks; the buffers start as zeros
+        super().__init__(*args, **kwargs)
+
+    def zero_grad_buffer(self) -> None:
+        """Forget the last step's gradients; the buffers keep them until the first of this step."""
+        self._unwritten = set(self.params_with_grad)
+        for bucket_group in self.bucket_groups:
+            bucket_group.reset()
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        """As mcore's; a parameter that no backward pass reached has a gradient of zero."""
+        for parameter in self._unwritten:
+            parameter.main_grad.zero_()
+        self._unwritten.clear()
+        super().finish_grad_sync(*args, **kwargs)
+
+    def _make_backward_post_hook(self, param: Any) -> Any:
+        add = super()._make_backward_post_hook(param)
+
+        def write_or_add(*unused: Any) -> None:
+            if param in self._unwritten and param.grad is not None:
+                self._unwritten.remove(param)
+                param.main_grad.copy_(param.grad)
+                # What is left for mcore's hook is to drop .grad and to count it for the overlapped reduction.
+                param.grad_added_to_main_grad = True
+                add()
+                param.grad_added_to_main_grad = False
+            else:
+                add()
+
+        return write_or_add
+
+
 def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) -> Tower:
     """A tower whose gradients are summed over `grid`'s data-parallel ranks. All ranks of the grid call it together.
 
@@ -67,7 +107,7 @@ def wrap(name: str, module: nn.Module, grid: Grid, parallel: ParallelSection) ->
     module_config: Any = module.config
     names = [name for name, _ in module.named_parameters()]
     sharded = parallel.distributed_optimizer and grid.dp_size > 1
-    ddp = DistributedDataParallel(
+    ddp = _Reducer(
         dataclasses.replace(module_config, calculate_per_token_loss=True),
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
