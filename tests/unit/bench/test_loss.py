@@ -58,6 +58,7 @@ def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "pip install 'open_clip_torch" in result.stderr and "--peer none" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_measuring_process_that_dies_is_explained() -> None:
     with pytest.raises(UserError, match=r"measures no such side with 8 pairs ended with exit code 1.* smaller --batch"):
         loss_memory.measure_alone(loss_memory.Job("no such side", 8, 4, "fp32", 1, 1))
@@ -188,6 +189,7 @@ def test_the_peak_is_of_what_was_resident_at_once() -> None:
     assert loss_memory.peak_resident_bytes(together) == pytest.approx(2 * size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_peer_alone_keeps_four_matrices_of_logits() -> None:
     """That the measuring process sees them: two of logits and two of log-softmax, fp32."""
     alone = loss_memory.measure_alone(loss_memory.Job("open_clip", 2048, 16, "fp32", 2, 1))
