@@ -2,8 +2,9 @@
 // it at a time, each lane eight columns, 16 bytes at once where the tile's width allows. Every element is read once.
 //
 // What a block sums along a row or a column it writes to scratch, and a second kernel adds the blocks in their order to
-// the running numbers: no atomics, the same bits in every run. Reading a tile is meant to take longer than the one or two
-// exponentials of an element; on a GPU nothing of this has run.
+// the running numbers: no atomics, the same bits in every run. A lane sums its eight columns in the tile's type; what is
+// summed over lanes, warps or blocks is double. Reading a tile is meant to take longer than the one or two exponentials of
+// an element; on a GPU nothing of this has run.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,6 +33,11 @@ __device__ inline float larger(float x, float y) { return fmaxf(x, y); }  // of 
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
 __device__ inline float magnitude(float x) { return fabsf(x); }
 __device__ inline double magnitude(double x) { return fabs(x); }
+
+// A product that stays rounded, whatever is subtracted from it: in a fused l - lse a logit would have digits that it had
+// not in the forward pass, and the largest would not be 0 from the maximum.
+__device__ inline float product_of(float x, float y) { return __fmul_rn(x, y); }
+__device__ inline double product_of(double x, double y) { return __dmul_rn(x, y); }
 
 // Named conversions: torch's build switches the implicit ones of half and bfloat16 off.
 __device__ inline void narrow(float value, float& out) { out = value; }
@@ -113,31 +119,59 @@ __device__ inline void store_row(const A (&value)[kLaneColumns], int num_columns
 
 // ------------------------------------------------------------------------------------------------------ log-sum-exps
 
-// What is subtracted before exp: the maximum, but 0 for an infinite one, as inf - inf is no number. A sum that belongs to
-// a maximum becomes one for the maximum m by the factor exp(maximum - anchor(m)).
+// What is subtracted before exp: the maximum, but 0 for an infinite one, as inf - inf is no number.
 template <typename A>
 __device__ inline A anchor(A max) {
   return max - max == 0 ? max : static_cast<A>(0);
 }
 
-// Partial maxima and sums, of type A: [column blocks, rows] twice, then [row blocks, columns] twice.
+// What makes a sum that belongs to the maximum `from` one for the larger maximum `to`.
+template <typename A>
+__device__ inline A rescale(A from, A to) {
+  return from == to ? static_cast<A>(1) : exp_of(from - to);
+}
+
+// A sum of exponentials in two numbers: those equal to 1, of the largest logits, apart from the rest. Next to them the
+// rest would be rounded away, and where training ends the rest is the loss.
+template <typename A>
+struct ExpSum {
+  A top = 0;
+  A rest = 0;
+
+  __device__ void add(A exponential) {
+    const A small = exponential < 1 ? exponential : static_cast<A>(0);
+    rest += small;
+    top += exponential - small;  // 0 or 1, or an infinity or a NaN
+  }
+
+  __device__ void rescale_by(A factor) {
+    if (factor == 1) return;
+    rest = (top + rest) * factor;
+    top = 0;
+  }
+
+  __device__ double total() const { return static_cast<double>(top) + static_cast<double>(rest); }
+};
+
+// Partial sums and maxima: [column blocks, rows] and [row blocks, columns] each.
 template <typename A>
 struct LogSumScratch {
+  double* sum_row;
+  double* sum_column;
   A* max_row;
-  A* sum_row;
   A* max_column;
-  A* sum_column;
 };
 
 template <typename A, int kLanes>
 __global__ void __launch_bounds__(kThreads) infonce_forward_kernel(InfonceForwardParams p, LogSumScratch<A> out) {
   MEGAEVA_SHARED(A, shared_max, kWarps * kBlockColumns);
-  MEGAEVA_SHARED(A, shared_sum, kWarps * kBlockColumns);
+  MEGAEVA_SHARED(double, shared_sum, kWarps * kBlockColumns);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, width = num_columns(p.columns);
   const A scale = number_at<A>(p.scale, 0);
   const std::int64_t end = end_row(p.rows);
-  A max_column[kLaneColumns], sum_column[kLaneColumns];  // over the rows of this warp
-  for (int c = 0; c < kLaneColumns; ++c) max_column[c] = minus_infinity<A>(), sum_column[c] = 0;
+  A max_column[kLaneColumns];  // over the rows of this warp
+  ExpSum<A> sum_column[kLaneColumns];
+  for (int c = 0; c < kLaneColumns; ++c) max_column[c] = minus_infinity<A>();
 
   for (std::int64_t step = first_row() + warp * kStepRows; step < end; step += kWarps * kStepRows) {
     A logit[kStepRows][kLaneColumns];
@@ -147,7 +181,11 @@ __global__ void __launch_bounds__(kThreads) infonce_forward_kernel(InfonceForwar
       const A* row = static_cast<const A*>(p.product) + (step + r) * p.columns + first_column();
       load_row<kLanes>(row, inside, logit[r]);
       for (int c = 0; c < kLaneColumns; ++c) {
-        logit[r][c] = column_of<kLanes>(c) < inside ? logit[r][c] * scale : minus_infinity<A>();
+        logit[r][c] = column_of<kLanes>(c) < inside ? product_of(logit[r][c], scale) : minus_infinity<A>();
+      }
+      const std::int64_t pair = p.pair + step + r - first_column();
+      if (lane == 0 && 0 <= pair && pair < inside) {
+        static_cast<A*>(p.pair_query)[step + r] = product_of(row[pair], scale);
       }
     }
 #pragma unroll
@@ -155,9 +193,9 @@ __global__ void __launch_bounds__(kThreads) infonce_forward_kernel(InfonceForwar
       A max = minus_infinity<A>();
       for (int c = 0; c < kLaneColumns; ++c) max = larger(max, logit[r][c]);
       max = warp_max(max);
-      A sum = 0;
-      for (int c = 0; c < kLaneColumns; ++c) sum += exp_of(logit[r][c] - anchor(max));
-      sum = warp_sum(sum);
+      ExpSum<A> lanes_sum;
+      for (int c = 0; c < kLaneColumns; ++c) lanes_sum.add(exp_of(logit[r][c] - anchor(max)));
+      const double sum = warp_sum(lanes_sum.total());
       if (lane == 0 && step + r < end) {
         out.max_row[blockIdx.x * p.rows + step + r] = max;
         out.sum_row[blockIdx.x * p.rows + step + r] = sum;
@@ -167,24 +205,25 @@ __global__ void __launch_bounds__(kThreads) infonce_forward_kernel(InfonceForwar
     for (int c = 0; c < kLaneColumns; ++c) {
       A max = max_column[c];
       for (int r = 0; r < kStepRows; ++r) max = larger(max, logit[r][c]);
-      A sum = sum_column[c] * exp_of(max_column[c] - anchor(max));
-      for (int r = 0; r < kStepRows; ++r) sum += exp_of(logit[r][c] - anchor(max));
+      sum_column[c].rescale_by(rescale(max_column[c], max));
+      for (int r = 0; r < kStepRows; ++r) sum_column[c].add(exp_of(logit[r][c] - anchor(max)));
       max_column[c] = max;
-      sum_column[c] = sum;
     }
   }
 
   for (int c = 0; c < kLaneColumns; ++c) {
     shared_max[warp * kBlockColumns + column_of<kLanes>(c)] = max_column[c];
-    shared_sum[warp * kBlockColumns + column_of<kLanes>(c)] = sum_column[c];
+    shared_sum[warp * kBlockColumns + column_of<kLanes>(c)] = sum_column[c].total();
   }
   __syncthreads();
   for (int column = threadIdx.x; column < width; column += kThreads) {
-    A max = minus_infinity<A>(), sum = 0;
+    A max = minus_infinity<A>();
     for (int w = 0; w < kWarps; ++w) max = larger(max, shared_max[w * kBlockColumns + column]);
+    double sum = 0;
     for (int w = 0; w < kWarps; ++w) {
-      const A warps_max = shared_max[w * kBlockColumns + column], warps_sum = shared_sum[w * kBlockColumns + column];
-      sum += warps_sum * exp_of(warps_max - anchor(max));
+      const A warps_max = shared_max[w * kBlockColumns + column];
+      const double warps_sum = shared_sum[w * kBlockColumns + column];
+      sum += warps_sum * static_cast<double>(rescale(warps_max, max));
     }
     out.max_column[blockIdx.y * p.columns + first_column() + column] = max;
     out.sum_column[blockIdx.y * p.columns + first_column() + column] = sum;
@@ -195,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) infonce_forward_kernel(InfonceForwar
 template <typename A>
 struct LogSumMerge {
   const A* partial_max;
-  const A* partial_sum;
+  const double* partial_sum;
   A* max;
   double* sum;
   std::int64_t num_blocks;
@@ -209,10 +248,10 @@ __global__ void __launch_bounds__(kThreads) merge_log_sums_kernel(LogSumMerge<A>
   if (i >= p.count) return;
   A max = p.max[i];
   for (std::int64_t b = 0; b < p.num_blocks; ++b) max = larger(max, p.partial_max[b * p.count + i]);
-  double sum = p.sum[i] * static_cast<double>(exp_of(p.max[i] - anchor(max)));
+  const double new_max = static_cast<double>(max);
+  double sum = p.sum[i] * rescale(static_cast<double>(p.max[i]), new_max);
   for (std::int64_t b = 0; b < p.num_blocks; ++b) {
-    const A factor = exp_of(p.partial_max[b * p.count + i] - anchor(max));
-    sum += static_cast<double>(p.partial_sum[b * p.count + i]) * static_cast<double>(factor);
+    sum += p.partial_sum[b * p.count + i] * rescale(static_cast<double>(p.partial_max[b * p.count + i]), new_max);
   }
   p.max[i] = max;
   p.sum[i] = sum;
@@ -220,39 +259,42 @@ __global__ void __launch_bounds__(kThreads) merge_log_sums_kernel(LogSumMerge<A>
 
 // ------------------------------------------------------------------------------------------------------------- weights
 
-// Sums along a row are of type A within a block, [column blocks, rows] in scratch.
-template <typename A>
-__device__ inline void put_row_sum(A lanes_sum, std::int64_t row, std::int64_t rows, A* partial) {
-  const A sum = warp_sum(lanes_sum);
+// Sums along a row within a block, [column blocks, rows] in scratch.
+__device__ inline void put_row_sum(double lanes_sum, std::int64_t row, std::int64_t rows, double* partial) {
+  const double sum = warp_sum(lanes_sum);
   if (threadIdx.x % kWarp == 0) partial[blockIdx.x * rows + row] = sum;
 }
 
 template <typename A, typename W, int kLanes>
-__global__ void __launch_bounds__(kThreads) infonce_backward_kernel(InfonceBackwardParams p, A* partial_share) {
+__global__ void __launch_bounds__(kThreads) infonce_backward_kernel(InfonceBackwardParams p, double* partial_share) {
   const int warp = threadIdx.x / kWarp, width = num_columns(p.columns);
   const A scale = number_at<A>(p.scale, 0);
   const A pair_weight = static_cast<A>(p.pair_weight), uniform = static_cast<A>(p.uniform);
-  A lse_key[kLaneColumns], pair_key[kLaneColumns];
+  A lse_key[kLaneColumns], rest_key[kLaneColumns], pair_key[kLaneColumns];
   for (int c = 0; c < kLaneColumns; ++c) {
     const bool inside = column_of<kLanes>(c) < width;
-    lse_key[c] = inside ? number_at<A>(p.lse_key, first_column() + column_of<kLanes>(c)) : static_cast<A>(0);
-    pair_key[c] = inside ? number_at<A>(p.pair_key, first_column() + column_of<kLanes>(c)) : static_cast<A>(0);
+    const std::int64_t column = first_column() + column_of<kLanes>(c);
+    lse_key[c] = inside ? number_at<A>(p.lse_key, column) : static_cast<A>(0);
+    rest_key[c] = inside ? number_at<A>(p.lse_key_rest, column) : static_cast<A>(0);
+    pair_key[c] = inside ? number_at<A>(p.pair_key, column) : static_cast<A>(0);
   }
   for (std::int64_t row = first_row() + warp; row < end_row(p.rows); row += kWarps) {
     const std::int64_t at = row * p.columns + first_column(), pair = p.pair + row - first_column();
-    const A lse_query = number_at<A>(p.lse_query, row), pair_query = number_at<A>(p.pair_query, row);
+    const A lse_query = number_at<A>(p.lse_query, row), rest_query = number_at<A>(p.lse_query_rest, row);
+    const A pair_query = number_at<A>(p.pair_query, row);
     A value[kLaneColumns], share = 0;
     load_row<kLanes>(static_cast<const A*>(p.product) + at, width, value);
     for (int c = 0; c < kLaneColumns; ++c) {
       if (column_of<kLanes>(c) >= width) continue;
-      const A logit = value[c] * scale;
-      const A by_query = exp_of(logit - lse_query) - uniform, by_key = exp_of(logit - lse_key[c]);
+      const A logit = product_of(value[c], scale);
+      const A by_query = exp_of(logit - lse_query - rest_query) - uniform;
+      const A by_key = exp_of(logit - lse_key[c] - rest_key[c]);
       share += by_query * (logit - pair_query) + by_key * (logit - pair_key[c]);
       value[c] = by_query + by_key;
       if (column_of<kLanes>(c) == pair) value[c] -= pair_weight;
     }
     store_row<kLanes>(value, width, static_cast<W*>(p.weight) + at);
-    put_row_sum(share, row, p.rows, partial_share);
+    put_row_sum(static_cast<double>(share), row, p.rows, partial_share);
   }
 }
 
@@ -264,7 +306,7 @@ __device__ inline A logistic(A x) {
 }
 
 template <typename A, int kLanes>
-__global__ void __launch_bounds__(kThreads) sigmoid_forward_kernel(SigmoidForwardParams p, A* partial_total) {
+__global__ void __launch_bounds__(kThreads) sigmoid_forward_kernel(SigmoidForwardParams p, double* partial_total) {
   const int warp = threadIdx.x / kWarp, width = num_columns(p.columns);
   const A scale = number_at<A>(p.scale, 0), bias = number_at<A>(p.bias, 0);
   for (std::int64_t row = first_row() + warp; row < end_row(p.rows); row += kWarps) {
@@ -276,45 +318,56 @@ __global__ void __launch_bounds__(kThreads) sigmoid_forward_kernel(SigmoidForwar
       const A logit = value[c] * scale + bias, wrong = column_of<kLanes>(c) == pair ? -logit : logit;
       total += larger(wrong, static_cast<A>(0)) + log1p_of(exp_of(-magnitude(wrong)));
     }
-    put_row_sum(total, row, p.rows, partial_total);
+    put_row_sum(static_cast<double>(total), row, p.rows, partial_total);
   }
 }
 
 template <typename A, typename W, int kLanes>
 __global__ void __launch_bounds__(kThreads)
-    sigmoid_backward_kernel(SigmoidBackwardParams p, A* partial_scale_share, A* partial_bias_share) {
+    sigmoid_backward_kernel(SigmoidBackwardParams p, double* partial_scale_share, double* partial_bias_share) {
   const int warp = threadIdx.x / kWarp, width = num_columns(p.columns);
   const A scale = number_at<A>(p.scale, 0), bias = number_at<A>(p.bias, 0);
   for (std::int64_t row = first_row() + warp; row < end_row(p.rows); row += kWarps) {
     const std::int64_t at = row * p.columns + first_column(), pair = p.pair + row - first_column();
-    A value[kLaneColumns], scale_share = 0, bias_share = 0;
+    A value[kLaneColumns], along = 0, sum = 0, pair_product = 0;
     load_row<kLanes>(static_cast<const A*>(p.product) + at, width, value);
+    bool has_pair = false;
     for (int c = 0; c < kLaneColumns; ++c) {
       if (column_of<kLanes>(c) >= width) continue;
-      const A without_bias = value[c] * scale, logit = without_bias + bias;
-      const bool is_pair = column_of<kLanes>(c) == pair;
-      const A chance = logistic(is_pair ? -logit : logit);
-      value[c] = is_pair ? -chance : chance;
-      scale_share += value[c] * without_bias;
-      bias_share += value[c];
+      const A product = value[c];
+      if (column_of<kLanes>(c) == pair) {
+        has_pair = true;
+        pair_product = product;
+      } else {
+        value[c] = logistic(product * scale + bias);
+        along += value[c] * product;
+        sum += value[c];
+      }
+    }
+    double wide_along = static_cast<double>(along), wide_sum = static_cast<double>(sum);
+    if (has_pair) {
+      // In double: next to its near 1 the other weights are small, and so is their sum's error.
+      const double weight = -1 / (1 + exp(static_cast<double>(pair_product * scale + bias)));
+      for (int c = 0; c < kLaneColumns; ++c) {
+        if (column_of<kLanes>(c) == pair) value[c] = static_cast<A>(weight);
+      }
+      wide_along += weight * static_cast<double>(pair_product);
+      wide_sum += weight;
     }
     store_row<kLanes>(value, width, static_cast<W*>(p.weight) + at);
-    put_row_sum(scale_share, row, p.rows, partial_scale_share);
-    put_row_sum(bias_share, row, p.rows, partial_bias_share);
+    put_row_sum(wide_along * static_cast<double>(scale), row, p.rows, partial_scale_share);
+    put_row_sum(wide_sum, row, p.rows, partial_bias_share);
   }
 }
 
 // running_i += sum_b partial_bi, for one or two running sums (the second's partials follow the first's).
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    add_row_sums_kernel(const A* partial, std::int64_t num_blocks, std::int64_t rows, double* first, double* second) {
+__global__ void __launch_bounds__(kThreads) add_row_sums_kernel(const double* partial, std::int64_t num_blocks,
+                                                                std::int64_t rows, double* first, double* second) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows) return;
   double* const running = blockIdx.y == 0 ? first : second;
   double sum = running[i];
-  for (std::int64_t b = 0; b < num_blocks; ++b) {
-    sum += static_cast<double>(partial[(blockIdx.y * num_blocks + b) * rows + i]);
-  }
+  for (std::int64_t b = 0; b < num_blocks; ++b) sum += partial[(blockIdx.y * num_blocks + b) * rows + i];
   running[i] = sum;
 }
 
@@ -337,10 +390,11 @@ bool wide_loads(const void* product, const void* weight, std::int64_t columns) {
 }
 
 template <typename A>
-int launch_infonce_forward(const InfonceForwardParams& p, A* scratch, void* stream) {
+int launch_infonce_forward(const InfonceForwardParams& p, double* scratch, void* stream) {
   const dim3 grid = grid_of(p);
-  A* const columns = scratch + 2 * grid.x * p.rows;
-  const LogSumScratch<A> out{scratch, scratch + grid.x * p.rows, columns, columns + grid.y * p.columns};
+  const std::int64_t of_rows = grid.x * p.rows, of_columns = grid.y * p.columns;
+  A* const maxima = reinterpret_cast<A*>(scratch + of_rows + of_columns);
+  const LogSumScratch<A> out{scratch, scratch + of_rows, maxima, maxima + of_rows};
   const auto kernel = wide_loads<A>(p.product, nullptr, p.columns) ? infonce_forward_kernel<A, 16 / sizeof(A)>
                                                                    : infonce_forward_kernel<A, 1>;
   if (const int error = launch(kernel, grid, kThreads, 0, stream, p, out)) return error;
@@ -351,14 +405,14 @@ int launch_infonce_forward(const InfonceForwardParams& p, A* scratch, void* stre
                                p.columns});
 }
 
-template <typename A>
-int launch_add_row_sums(const A* scratch, dim3 grid, std::int64_t rows, double* first, double* second, void* stream) {
+int launch_add_row_sums(const double* scratch, dim3 grid, std::int64_t rows, double* first, double* second,
+                        void* stream) {
   const dim3 add_grid(blocks_for(rows, kThreads), second == nullptr ? 1 : 2);
-  return launch(add_row_sums_kernel<A>, add_grid, kThreads, 0, stream, scratch, grid.x, rows, first, second);
+  return launch(add_row_sums_kernel, add_grid, kThreads, 0, stream, scratch, grid.x, rows, first, second);
 }
 
 template <typename A, typename W>
-int launch_infonce_backward(const InfonceBackwardParams& p, A* scratch, void* stream) {
+int launch_infonce_backward(const InfonceBackwardParams& p, double* scratch, void* stream) {
   const dim3 grid = grid_of(p);
   const auto kernel = wide_loads<A>(p.product, p.weight, p.columns) ? infonce_backward_kernel<A, W, 16 / sizeof(A)>
                                                                     : infonce_backward_kernel<A, W, 1>;
@@ -367,7 +421,7 @@ int launch_infonce_backward(const InfonceBackwardParams& p, A* scratch, void* st
 }
 
 template <typename A>
-int launch_sigmoid_forward(const SigmoidForwardParams& p, A* scratch, void* stream) {
+int launch_sigmoid_forward(const SigmoidForwardParams& p, double* scratch, void* stream) {
   const dim3 grid = grid_of(p);
   const auto kernel = wide_loads<A>(p.product, nullptr, p.columns) ? sigmoid_forward_kernel<A, 16 / sizeof(A)>
                                                                    : sigmoid_forward_kernel<A, 1>;
@@ -376,7 +430,7 @@ int launch_sigmoid_forward(const SigmoidForwardParams& p, A* scratch, void* stre
 }
 
 template <typename A, typename W>
-int launch_sigmoid_backward(const SigmoidBackwardParams& p, A* scratch, void* stream) {
+int launch_sigmoid_backward(const SigmoidBackwardParams& p, double* scratch, void* stream) {
   const dim3 grid = grid_of(p);
   const auto kernel = wide_loads<A>(p.product, p.weight, p.columns) ? sigmoid_backward_kernel<A, W, 16 / sizeof(A)>
                                                                     : sigmoid_backward_kernel<A, W, 1>;
@@ -386,42 +440,37 @@ int launch_sigmoid_backward(const SigmoidBackwardParams& p, A* scratch, void* st
 
 }  // namespace
 
-std::size_t scratch_bytes(std::int64_t rows, std::int64_t columns, Scalar scalar) {
-  const std::size_t numbers = 2 * (blocks_for(columns, kBlockColumns) * static_cast<std::size_t>(rows) +
-                                   blocks_for(rows, kBlockRows) * static_cast<std::size_t>(columns));
-  return numbers * (scalar == Scalar::kDouble ? sizeof(double) : sizeof(float));
+std::size_t scratch_bytes(std::int64_t rows, std::int64_t columns) {
+  return 2 * sizeof(double) * (blocks_for(columns, kBlockColumns) * static_cast<std::size_t>(rows) +
+                               blocks_for(rows, kBlockRows) * static_cast<std::size_t>(columns));
 }
 
-int infonce_forward_cuda(const InfonceForwardParams& params, void* scratch, Scalar scalar, void* stream) {
-  return scalar == Scalar::kDouble ? launch_infonce_forward(params, static_cast<double*>(scratch), stream)
-                                   : launch_infonce_forward(params, static_cast<float*>(scratch), stream);
+int infonce_forward_cuda(const InfonceForwardParams& params, double* scratch, Scalar scalar, void* stream) {
+  return scalar == Scalar::kDouble ? launch_infonce_forward<double>(params, scratch, stream)
+                                   : launch_infonce_forward<float>(params, scratch, stream);
 }
 
-int infonce_backward_cuda(const InfonceBackwardParams& params, void* scratch, Scalar scalar, void* stream) {
-  float* const numbers = static_cast<float*>(scratch);
+int infonce_backward_cuda(const InfonceBackwardParams& params, double* scratch, Scalar scalar, void* stream) {
   switch (scalar) {
-    case Scalar::kFloat: return launch_infonce_backward<float, float>(params, numbers, stream);
-    case Scalar::kDouble:
-      return launch_infonce_backward<double, double>(params, static_cast<double*>(scratch), stream);
-    case Scalar::kBFloat16: return launch_infonce_backward<float, __nv_bfloat16>(params, numbers, stream);
-    case Scalar::kHalf: return launch_infonce_backward<float, __half>(params, numbers, stream);
+    case Scalar::kFloat: return launch_infonce_backward<float, float>(params, scratch, stream);
+    case Scalar::kDouble: return launch_infonce_backward<double, double>(params, scratch, stream);
+    case Scalar::kBFloat16: return launch_infonce_backward<float, __nv_bfloat16>(params, scratch, stream);
+    case Scalar::kHalf: return launch_infonce_backward<float, __half>(params, scratch, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-int sigmoid_forward_cuda(const SigmoidForwardParams& params, void* scratch, Scalar scalar, void* stream) {
-  return scalar == Scalar::kDouble ? launch_sigmoid_forward(params, static_cast<double*>(scratch), stream)
-                                   : launch_sigmoid_forward(params, static_cast<float*>(scratch), stream);
+int sigmoid_forward_cuda(const SigmoidForwardParams& params, double* scratch, Scalar scalar, void* stream) {
+  return scalar == Scalar::kDouble ? launch_sigmoid_forward<double>(params, scratch, stream)
+                                   : launch_sigmoid_forward<float>(params, scratch, stream);
 }
 
-int sigmoid_backward_cuda(const SigmoidBackwardParams& params, void* scratch, Scalar scalar, void* stream) {
-  float* const numbers = static_cast<float*>(scratch);
+int sigmoid_backward_cuda(const SigmoidBackwardParams& params, double* scratch, Scalar scalar, void* stream) {
   switch (scalar) {
-    case Scalar::kFloat: return launch_sigmoid_backward<float, float>(params, numbers, stream);
-    case Scalar::kDouble:
-      return launch_sigmoid_backward<double, double>(params, static_cast<double*>(scratch), stream);
-    case Scalar::kBFloat16: return launch_sigmoid_backward<float, __nv_bfloat16>(params, numbers, stream);
-    case Scalar::kHalf: return launch_sigmoid_backward<float, __half>(params, numbers, stream);
+    case Scalar::kFloat: return launch_sigmoid_backward<float, float>(params, scratch, stream);
+    case Scalar::kDouble: return launch_sigmoid_backward<double, double>(params, scratch, stream);
+    case Scalar::kBFloat16: return launch_sigmoid_backward<float, __nv_bfloat16>(params, scratch, stream);
+    case Scalar::kHalf: return launch_sigmoid_backward<float, __half>(params, scratch, stream);
   }
   return cudaErrorInvalidValue;
 }

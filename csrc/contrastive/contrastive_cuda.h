@@ -14,15 +14,15 @@ namespace megaeva::contrastive {
 // a probability is at most 1, up to the rounding of its logit.
 constexpr double kHalfWeightGain = 4096;
 
-// Bytes of scratch that a pass over a tile of this size needs, aligned to 16.
-std::size_t scratch_bytes(std::int64_t rows, std::int64_t columns, Scalar scalar);
+// Bytes of scratch that a pass over a tile of this size needs.
+std::size_t scratch_bytes(std::int64_t rows, std::int64_t columns);
 
 // They enqueue on `stream` (a cudaStream_t) of the current device and return a cudaError_t; rows and columns are positive.
 // `scalar` is the features' type. Weights of bfloat16 and half features have the features' type, the others are of type A
-// and may take the product's place. Sums within a tile are of type A, in one order whatever the device does.
-int infonce_forward_cuda(const InfonceForwardParams& params, void* scratch, Scalar scalar, void* stream);
-int infonce_backward_cuda(const InfonceBackwardParams& params, void* scratch, Scalar scalar, void* stream);
-int sigmoid_forward_cuda(const SigmoidForwardParams& params, void* scratch, Scalar scalar, void* stream);
-int sigmoid_backward_cuda(const SigmoidBackwardParams& params, void* scratch, Scalar scalar, void* stream);
+// and may take the product's place. Sums are made in one order, whatever the device does.
+int infonce_forward_cuda(const InfonceForwardParams& params, double* scratch, Scalar scalar, void* stream);
+int infonce_backward_cuda(const InfonceBackwardParams& params, double* scratch, Scalar scalar, void* stream);
+int sigmoid_forward_cuda(const SigmoidForwardParams& params, double* scratch, Scalar scalar, void* stream);
+int sigmoid_backward_cuda(const SigmoidBackwardParams& params, double* scratch, Scalar scalar, void* stream);
 
 }  // namespace megaeva::contrastive

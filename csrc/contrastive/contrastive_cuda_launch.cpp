@@ -36,8 +36,8 @@ class CudaEngine {
         products_(at::empty({rows_ * columns_}, wide_options(query))),
         weights_(with_gradients && query.scalar_type() != wide_ ? at::empty({rows_ * columns_}, query.options())
                                                                 : products_),
-        scratch_(at::empty({static_cast<std::int64_t>(scratch_bytes(rows_, columns_, scalar_))},
-                           query.options().dtype(at::kByte))) {}
+        scratch_(at::empty({static_cast<std::int64_t>(scratch_bytes(rows_, columns_) / sizeof(double))},
+                           query.options().dtype(at::kDouble))) {}
 
   std::int64_t rows() const { return std::max<std::int64_t>(rows_, 1); }
   std::int64_t columns() const { return std::max<std::int64_t>(columns_, 1); }
@@ -83,7 +83,7 @@ class CudaEngine {
     }
   }
 
-  void* scratch() { return scratch_.mutable_data_ptr(); }
+  double* scratch() { return scratch_.mutable_data_ptr<double>(); }
   static void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
   static void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 

@@ -1,5 +1,5 @@
 // The CUDA launcher of csrc/contrastive on CPU tensors, its kernels on the emulator: operators of the namespace
-// megaeva_launch, for test_contrastive_cuda_source.py. The launcher's own registration is left out.
+// megaeva_launch, for test_contrastive_cuda_launch.py. The launcher's own registration is left out.
 #include <torch/library.h>
 
 #undef TORCH_LIBRARY_IMPL

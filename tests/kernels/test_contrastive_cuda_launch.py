@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megaeva.ops.contrastive import accumulate_dtype, reference
+from tests.kernels import test_contrastive
 from tests.kernels.simt_build import CSRC, HERE
 
 pytestmark = pytest.mark.slow
@@ -119,14 +120,15 @@ def test_launcher(launched: Any, shape: tuple[int, int, int], dtype: torch.dtype
             is_sum = value.dim() == 0  # over rows, each as far off as its logits
             _assert_close(value, plain_value, exact_value, max(rounding, logit_rounding * max(1.0, largest * is_sum)))
 
-    lse_query_B, lse_key_G = reference.infonce_forward(query_BE, key_GE, scale)
-    if query_BE.numel() and key_GE.numel():
-        compare("infonce_forward", 0, query_BE, key_GE, scale)
-    else:
-        for value, plain in zip(launched.infonce_forward(query_BE, key_GE, scale), (lse_query_B, lse_key_G)):
-            torch.testing.assert_close(value, plain)
-    pairs = lse_query_B.clone().nan_to_num(neginf=0.0) - 1, lse_key_G.clone().nan_to_num(neginf=0.0) + 1
+    lse_query_B, lse_key_G, _ = reference.infonce_forward(query_BE, key_GE, scale, 0)
+    pairs = [lse.nan_to_num(neginf=0.0).to(wide) + shift for lse, shift in ((lse_query_B, -1), (lse_key_G, 1))]
     for first in (0, 100, -50):
+        if query_BE.numel() and key_GE.numel():
+            compare("infonce_forward", 0, query_BE, key_GE, scale, first)
+        else:
+            empty = launched.infonce_forward(query_BE, key_GE, scale, first)
+            for value, plain in zip(empty, reference.infonce_forward(query_BE, key_GE, scale, first), strict=True):
+                torch.testing.assert_close(value, plain)
         compare("sigmoid_forward", 0, query_BE, key_GE, scale, bias, first)
         for keys in ((0, num_keys), (num_keys // 3, num_keys // 2), (num_keys, num_keys)):
             compare("sigmoid_backward", 2, query_BE, key_GE, scale, bias, factor, first, *keys, out)
@@ -136,11 +138,27 @@ def test_launcher(launched: Any, shape: tuple[int, int, int], dtype: torch.dtype
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("bias_value", [None, -10.0], ids=["infonce", "sigmoid"])
+@pytest.mark.parametrize("scale_value", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("make", ["_random", "_matched", "_equal", "_one_huge", "_long", "_one_sided"])
+def test_the_cpu_kernels_error_bound(
+    launched: Any, monkeypatch: pytest.MonkeyPatch, make: str, scale_value: float, bias_value: float | None
+) -> None:
+    monkeypatch.setattr(test_contrastive, "_native", lambda: launched)
+    draw = getattr(test_contrastive, make)
+    test_contrastive.test_error_against_fp64_is_at_most_twice_plain_pytorch(draw, scale_value, bias_value)
+
+
 def test_features_may_require_gradients(launched: Any) -> None:
     query_BE, key_GE = _features(5, 7, 8, torch.float32)
     scale = torch.tensor(3.0)
-    expected = launched.infonce_forward(query_BE, key_GE, scale)
-    lse = launched.infonce_forward(query_BE.requires_grad_(), key_GE, scale.requires_grad_())
-    assert torch.equal(lse[0], expected[0])
-    grads = launched.infonce_backward(query_BE, key_GE, scale, scale, *lse, *lse, 0, 2.0, 0.0, 0, 7, torch.float32)
+    expected = launched.infonce_forward(query_BE, key_GE, scale, 0)
+    lse_query_B, lse_key_G, pair_query_B = launched.infonce_forward(
+        query_BE.requires_grad_(), key_GE, scale.requires_grad_(), 0
+    )
+    assert torch.equal(lse_query_B, expected[0])
+    grads = launched.infonce_backward(
+        query_BE, key_GE, scale, scale, lse_query_B, lse_key_G, pair_query_B, torch.zeros(7),
+        0, 2.0, 0.0, 0, 7, torch.float32,
+    )  # fmt: skip
     assert not grads[0].requires_grad
