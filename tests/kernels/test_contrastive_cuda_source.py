@@ -184,7 +184,7 @@ def test_log_sum_exps_of_what_training_never_sees(kernels: Kernels, case: str) -
 def test_error_against_fp64_is_at_most_twice_plain_pytorch(
     kernels: Kernels, bias_value: float | None, matched: float, scale_value: float
 ) -> None:
-    scale, count = torch.tensor(scale_value), 0
+    scale, count, losses = torch.tensor(scale_value), 0, []
     bias = None if bias_value is None else torch.tensor(bias_value)
     squares = torch.zeros(2, 4, dtype=torch.float64)
     for seed in range(12):  # sums are single numbers: compared over many draws
@@ -197,10 +197,11 @@ def test_error_against_fp64_is_at_most_twice_plain_pytorch(
             count = len(outputs)
             for i, (value, true) in enumerate(zip(outputs, exact, strict=True)):
                 squares[side, i] += (value.double() - true).square().sum()
-        if matched and scale_value == 14.3 and bias is None:
-            assert 0.002 < float(exact[0].mean()) < 0.005
+        losses.append(float(exact[0].mean()))
+    if matched and scale_value == 14.3 and bias is None:
+        assert sum(losses) / len(losses) == pytest.approx(0.003, rel=0.3)
     mine, plain = squares.sqrt()[:, :count]
-    assert bool((mine <= 2 * plain).all()), (mine, plain)
+    assert bool((mine <= 2 * plain).all()), (sum(losses) / len(losses), mine, plain)
 
 
 def _plain(product_BB: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
