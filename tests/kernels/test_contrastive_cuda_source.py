@@ -204,6 +204,17 @@ def test_error_against_fp64_is_at_most_twice_plain_pytorch(
     assert bool((mine <= 2 * plain).all()), (sum(losses) / len(losses), mine, plain)
 
 
+def test_a_small_loss_keeps_its_digits(kernels: Kernels) -> None:
+    # 2e-4: next to the 1 of a pair, the rest of a float sum has three digits left.
+    product_BB = 0.01 * torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    product_BB.diagonal().add_(1)
+    scale = torch.tensor(14.3)
+    exact_2B, _, _ = _plain(product_BB.double(), scale.double(), None)
+    losses_2B = _of_passes(Passes(kernels, torch.float32, product_BB, (150, 280), 1), scale, None)[0]
+    assert float(exact_2B.mean()) == pytest.approx(2e-4, rel=0.2)
+    assert bool(((losses_2B - exact_2B).abs() <= _rounding(torch.float32, scale * product_BB) * exact_2B).all())
+
+
 def _plain(product_BB: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
     """Losses (or their total), gradient of their sum by logit, derivatives by log(scale) and bias."""
     leaves = [x.clone().requires_grad_() for x in (scale, bias) if x is not None]
