@@ -28,6 +28,13 @@ TORCH_LIBRARY(megaeva, m) {
   m.def(
       "attention_backward(Tensor grad_out_SBD, Tensor qkv_SBX, Tensor? cos_sin, Tensor out_SBD, Tensor log2_sum_BAS, "
       "int num_heads, bool causal) -> Tensor grad_qkv_SBX");
+  m.def("swiglu(Tensor x) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor x) -> Tensor grad_x");
+  m.def(
+      "layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
   m.def("normalize_pack(Tensor image_BE, Tensor? text_BE, float epsilon) -> (Tensor packed, Tensor inverse_norm)");
   m.def(

@@ -9,18 +9,16 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "attention/launch.h"
+#include "common/elements_cpu.h"
 #include "common/multiversion.h"
 
 namespace megaeva::attention {
@@ -31,54 +29,12 @@ using c10::Half;
 using std::int64_t;
 
 template <typename G>
-using Accumulate = std::conditional_t<std::is_same_v<G, double>, double, float>;
-template <typename G>
 constexpr int64_t Pairs = std::is_same_v<G, BFloat16> ? 2 : 1;
 
 constexpr int64_t kLanes = 16;       // lengths are padded to it, so that no loop has a tail
 constexpr int64_t kBlockRows = 64;   // of scores at a time: 64 x 208 floats are 53 KB
 
 int64_t padded(int64_t length) { return (length + kLanes - 1) / kLanes * kLanes; }
-
-// ------------------------------------------------------------------------------------------------------ conversions
-
-MEGAEVA_INLINE float widen(float x) { return x; }
-MEGAEVA_INLINE double widen(double x) { return x; }
-MEGAEVA_INLINE float widen(Half x) { return static_cast<float>(x); }
-MEGAEVA_INLINE float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.x) << 16); }
-
-// The upper half of the nearest bf16, ties to even; a NaN stays one. Without a branch, so that loops vectorise.
-MEGAEVA_INLINE std::uint32_t bfloat16_bits(float x) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return x == x ? rounded : 0x7FC0u;
-}
-
-template <typename T, typename A>
-MEGAEVA_INLINE T narrow(A x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return BFloat16(static_cast<unsigned short>(bfloat16_bits(x)), BFloat16::from_bits());
-  } else {
-    return static_cast<T>(x);
-  }
-}
-
-// 2^x for x <= 0 (NaN stays NaN), 0 below the smallest normal number. Relative error 1e-7.
-MEGAEVA_INLINE float exp2_below(float x) {
-  const float clamped = x < -126.0f ? -126.0f : x;
-  const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the integer nearest x is left in the low bits
-  const float f = clamped - (shifted - 12582912.0f);
-  float y = 0.00015469731999f;
-  y = y * f + 0.00134004321653f;
-  y = y * f + 0.00961802560290f;
-  y = y * f + 0.05550327214209f;
-  y = y * f + 0.24022651213596f;
-  y = y * f + 0.69314720670662f;
-  y = y * f + 1.0f;
-  const float power = std::bit_cast<float>((std::bit_cast<std::int32_t>(shifted) << 23) + 0x3F800000);
-  return x < -126.0f ? 0.0f : y * power;
-}
-MEGAEVA_INLINE double exp2_below(double x) { return std::exp2(x); }
 
 // ---------------------------------------------------------------------------------------------------------- products
 

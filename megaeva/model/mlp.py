@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megaeva.model.linear import no_init
 from megaeva.model.norm import build_inner_norm
+from megaeva.ops.swiglu import swiglu
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 # gelu is the exact erf form: mcore's fused bias-GELU is the tanh approximation and stays off.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "swiglu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "swiglu": swiglu}
 
 
 @dataclass
@@ -52,22 +53,16 @@ class MLP(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.activation = _ACTIVATIONS[activation]
-        self.gated = activation == "swiglu"
         width = config.ffn_hidden_size
         shared = {"config": config, "init_method": no_init, "bias": True, "tp_group": pg_collection.tp}
-        gates = 2 if self.gated else 1
+        gates = 2 if activation == "swiglu" else 1
         self.linear_fc1 = build_module(submodules.linear_fc1, config.hidden_size, gates * width, stride=gates, **shared)
         self.inner_norm = build_inner_norm(submodules.inner_norm, config, width, pg_collection)
         self.linear_fc2 = build_module(submodules.linear_fc2, width, config.hidden_size, **shared)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """Returns [S, B, D], the same on all tp ranks or this rank's tokens as `hidden_SBD` is; all must call it."""
-        inner = self.linear_fc1(hidden_SBD)
-        if self.gated:
-            gate, up = inner.chunk(2, -1)
-            inner = self.activation(gate) * up
-        else:
-            inner = self.activation(inner)
+        inner = self.activation(self.linear_fc1(hidden_SBD))
         if self.inner_norm is not None:
             inner = self.inner_norm(inner)
         out: Tensor = self.linear_fc2(inner)

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megaeva.model.attributes import mark_sharded
+from megaeva.ops.layer_norm import layer_norm
 
 
 class _RMS(torch.autograd.Function):
@@ -109,7 +109,7 @@ class Norm(nn.Module):
         if self.bias is None:
             normed: Tensor = _RMS.apply(x, self.weight, self.epsilon)
             return normed
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 class ShardedNorm(Norm):
