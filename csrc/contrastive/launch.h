@@ -99,36 +99,48 @@ inline void* mutable_at_index(const at::Tensor& vector, std::int64_t index) {
   return static_cast<char*>(vector.mutable_data_ptr()) + index * vector.element_size();
 }
 
-// Both gradients from the weights that weigh(row, column, rows, columns) leaves in engine.weight(). The accumulators of
-// a row block become its gradients when the block is done; those of the keys live through the call.
+constexpr std::int64_t kSweepKeys = 8192;  // at least this many keys in a sweep: below, halving them saves nothing
+
+// Both gradients from the weights that weigh(row, column, rows, columns) leaves in engine.weight(). The sums of a row
+// block become its gradients when the block is done; those of the keys live through a sweep over all queries. Gradients
+// narrower than sums are made in two sweeps of half the keys each, for half the memory; the query's then round twice.
 template <typename Engine, typename Weigh>
 std::tuple<at::Tensor, at::Tensor> gradients(Engine& engine, const at::Tensor& query, const at::Tensor& key,
                                              const at::Tensor& factor, std::int64_t key_begin, std::int64_t key_end,
                                              at::ScalarType dtype, Weigh weigh) {
-  const std::int64_t width = query.size(1);
-  const at::TensorOptions wide = wide_options(query);
+  const std::int64_t width = query.size(1), num_keys = key.size(0);
+  const at::TensorOptions wide = wide_options(query), narrow = query.options().dtype(dtype);
   const bool in_place = dtype == wide.dtype().toScalarType();
-  at::Tensor grad_query = at::empty({query.size(0), width}, query.options().dtype(dtype));
-  at::Tensor grad_key = at::zeros({key_end - key_begin, width}, wide);
+  const std::int64_t sweep = in_place ? num_keys : std::max(kSweepKeys, (num_keys + 1) / 2);
+  at::Tensor grad_query = at::zeros(query.sizes(), narrow);
+  at::Tensor grad_key = at::empty({key_end - key_begin, width}, narrow);
   at::Tensor scratch = in_place ? at::Tensor() : at::empty({std::min(engine.rows(), query.size(0)), width}, wide);
-  at::Tensor accumulator;
-  over_tiles(
-      engine, query, key,
-      [&](std::int64_t row, std::int64_t rows) {
-        accumulator = in_place ? grad_query.narrow(0, row, rows) : scratch.narrow(0, 0, rows);
-        accumulator.zero_();
-      },
-      [&](std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns) {
-        weigh(row, column, rows, columns);
-        engine.add_query_gradient(accumulator);
-        const std::int64_t begin = std::max(key_begin, column), end = std::min(key_end, column + columns);
-        if (begin < end) engine.add_key_gradient(begin - column, grad_key.narrow(0, begin - key_begin, end - begin));
-      },
-      [&](std::int64_t row, std::int64_t rows) {
-        accumulator.mul_(factor);
-        if (!in_place) grad_query.narrow(0, row, rows).copy_(accumulator);
-      });
-  return {grad_query, grad_key.mul_(factor).to(dtype)};
+  at::Tensor sum_query;
+  for (std::int64_t start = 0; start < num_keys; start += sweep) {
+    const std::int64_t stop = std::min(start + sweep, num_keys);
+    const std::int64_t own_begin = std::clamp(key_begin, start, stop), own_end = std::clamp(key_end, start, stop);
+    at::Tensor own_grad = grad_key.narrow(0, own_begin < own_end ? own_begin - key_begin : 0, own_end - own_begin);
+    at::Tensor sum_key = in_place ? own_grad.zero_() : at::zeros(own_grad.sizes(), wide);
+    over_tiles(
+        engine, query, key.narrow(0, start, stop - start),
+        [&](std::int64_t row, std::int64_t rows) {
+          sum_query = in_place ? grad_query.narrow(0, row, rows) : scratch.narrow(0, 0, rows).zero_();
+        },
+        [&](std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns) {
+          column += start;
+          weigh(row, column, rows, columns);
+          engine.add_query_gradient(sum_query);
+          const std::int64_t begin = std::max(own_begin, column), end = std::min(own_end, column + columns);
+          if (begin < end) engine.add_key_gradient(begin - column, sum_key.narrow(0, begin - own_begin, end - begin));
+        },
+        [&](std::int64_t row, std::int64_t rows) {
+          sum_query.mul_(factor);
+          if (!in_place) grad_query.narrow(0, row, rows).copy_(sum_query.add_(grad_query.narrow(0, row, rows)));
+        });
+    sum_key.mul_(factor);
+    if (!in_place) own_grad.copy_(sum_key);
+  }
+  return {grad_query, grad_key};
 }
 
 template <typename Engine>

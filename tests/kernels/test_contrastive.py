@@ -90,6 +90,16 @@ def test_every_output_is_that_of_the_reference_in_fp64(
         assert (mine[name].double() - true).norm() <= bound, name
 
 
+def test_narrow_gradients_of_many_keys_are_made_in_two_sweeps() -> None:
+    # 8,192 keys or half of all are a sweep (csrc/contrastive/launch.h); the range of keys lies in both.
+    query_BE, key_GE = _rows(0, 70, 8).bfloat16(), _rows(1, 17_001, 8).bfloat16()
+    outputs = _everything(_native(), query_BE, key_GE, 8_480, (3_000, 12_000), torch.bfloat16)
+    exact = _everything(reference, query_BE.double(), key_GE.double(), 8_480, (3_000, 12_000), torch.float64)
+    for name in ("grad_query_BE", "grad_key_KE", "sigmoid_grad_query_BE", "sigmoid_grad_key_KE"):
+        error = (outputs[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error <= torch.finfo(torch.bfloat16).eps / 2, (name, error)
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, whenever these flags are set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_onednn_the_products_are_atens(dtype: torch.dtype) -> None:
