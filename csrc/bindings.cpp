@@ -3,9 +3,16 @@
 
 #include <torch/library.h>
 
+#include <cstdint>
 #include <string>
 
 namespace {
+
+// Of the schemas below: raised together with VERSION in megaeva/ops/__init__.py when one of them changes, so that a
+// library that was built before is refused with a line instead of failing in a call.
+constexpr std::int64_t kVersion = 1;
+
+std::int64_t version() { return kVersion; }
 
 // Devices this library was compiled for, comma separated; megaeva.ops asks once.
 std::string built_for() {
@@ -19,6 +26,7 @@ std::string built_for() {
 }  // namespace
 
 TORCH_LIBRARY(megaeva, m) {
+  m.def("version() -> int", &version);
   m.def("built_for() -> str", &built_for);
 
   // Self-attention from the output of the linear of q, k and v, rotary angles included.

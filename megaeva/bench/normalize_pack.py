@@ -24,7 +24,7 @@ def benchmark_normalize_pack(
     Raises:
         UserError: the extension has no kernel for `device`.
     """
-    if device not in native_devices():
+    if device not in native_devices("normalize_pack"):
         raise UserError(
             f"no native operator is built for --device {device} (built for: {sorted(native_devices()) or 'none'}), "
             "there is nothing to compare; `megaeva doctor` says how to build it."

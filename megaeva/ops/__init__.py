@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 LIBRARY_PATH = Path(__file__).with_name("libmegaeva.so")
+VERSION = 1  # of the schemas in csrc/bindings.cpp, which says the same: raised when one of them changes
 BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
 
 _log = logging.getLogger("megaeva.ops")
@@ -18,18 +19,18 @@ _log = logging.getLogger("megaeva.ops")
 
 @cache
 def native_devices(operator: str | None = None) -> frozenset[str]:
-    """Device types ("cpu", "cuda") the loaded library has kernels for; empty when it is missing or does not load.
+    """Device types ("cpu", "cuda") that the library was built for; empty when it is missing or does not load.
 
     The first call loads the library and, where it cannot, logs one line on rank 0 with the command that builds it.
 
     Args:
-        operator: also empty, with one line, when the library was built before there was this operator.
+        operator: only the devices this operator has a kernel for.
     """
     devices = _load()
-    if devices and operator is not None and not hasattr(torch.ops.megaeva, operator):
-        _say(f"{LIBRARY_PATH} was built from older sources, without {operator}")
-        return frozenset()
-    return devices
+    if operator is None:
+        return devices
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device in devices if has_kernel(f"megaeva::{operator}", device.upper()))
 
 
 @cache
@@ -38,6 +39,9 @@ def _load() -> frozenset[str]:
         if not LIBRARY_PATH.exists():
             raise FileNotFoundError(f"{LIBRARY_PATH} has not been built")
         torch.ops.load_library(str(LIBRARY_PATH))
+        version = torch.ops.megaeva.version() if hasattr(torch.ops.megaeva, "version") else 0
+        if version != VERSION:
+            raise RuntimeError(f"{LIBRARY_PATH} was built from other sources (version {version}, not {VERSION})")
         return frozenset(torch.ops.megaeva.built_for().split(","))
     except (OSError, RuntimeError, AttributeError) as error:
         # OSError is also what a library compiled against another torch gives (an undefined symbol).

@@ -18,7 +18,7 @@ from megaeva.ops import native_devices
 
 TILE = 1024  # rows and columns of a tile of the reference
 
-_NATIVE_DEVICES = native_devices()
+_NATIVE_DEVICES = native_devices("infonce_forward")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

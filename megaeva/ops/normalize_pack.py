@@ -9,7 +9,7 @@ from torch.nn import functional
 from megaeva.ops import native_devices
 
 EPSILON = 1e-12  # torch.nn.functional.normalize's
-_NATIVE_DEVICES = native_devices()
+_NATIVE_DEVICES = native_devices("normalize_pack")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
