@@ -38,7 +38,7 @@ def start_gather(text_BE: Tensor, group: ProcessGroup | None) -> RowsInFlight:
     Raises:
         FeatureError: on every rank, if the texts of one are empty, not finite or unlike another rank's.
     """
-    require_agreement(group, text_BE=text_BE)
+    require_agreement(group, "start_gather", text_BE=text_BE)
     with torch.no_grad():
         return start_gather_rows(normalize_pack(text_BE), group)
 
@@ -62,22 +62,30 @@ def clip_loss(
     Gradient: of `image_BE` and `text_BE` exactly d(mean over the global batch)/d(this rank's rows), in their dtype; of
     `log_scale` this rank's share, so that the sum over the group is the derivative. Differentiable once.
 
-    Communication: one all-gather of both modalities in the features' dtype (of images only with `text_in_flight`); 12
+    Communication: one all-gather of both modalities in the features' dtype (of images only with `text_in_flight`); 26
     integers that tell a bad input; 2 numbers of each pair, and the texts' log-sum-exps reduced twice, in float64.
     Backward sends nothing. Memory: unit rows of this rank, or where ranks are several, of the whole batch, O(G * E), in
     the features' dtype; tiles of logits; never batch^2.
 
     Args:
-        text_in_flight: of `start_gather(text_BE, group)`.
+        log_scale: 0-dim, floating, of the same value on all ranks.
+        text_in_flight: of `start_gather(text_BE, group)`, on all ranks or on none.
         label_smoothing: as of torch's cross_entropy, in both directions; in [0, 1).
 
     Raises:
         FeatureError: a ValueError, on every rank with the same text: the features of a rank are empty, no matrices of
-            one shape and floating dtype, not finite, or unlike another rank's.
+            one shape and floating dtype, not finite, or unlike another rank's; or another argument is.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1); 0 is none, 0.1 is common")
-    units = _unit_rows(image_BE, text_BE, group)
+    require_agreement(
+        group,
+        "clip_loss",
+        image_BE=image_BE,
+        text_BE=text_BE,
+        text_in_flight=text_in_flight,
+        log_scale=log_scale,
+        label_smoothing=label_smoothing,
+    )
+    units = _unit_rows(image_BE, text_BE)
     return _InfoNCE.apply(*units, log_scale, group, text_in_flight, label_smoothing)  # type: ignore[no-any-return]
 
 
@@ -97,13 +105,21 @@ def sigmoid_loss(
     `log_scale`: shares that sum), communication (1 number of each rank beside the features), memory and errors are
     `clip_loss`'s.
     """
-    units = _unit_rows(image_BE, text_BE, group)
+    require_agreement(
+        group,
+        "sigmoid_loss",
+        image_BE=image_BE,
+        text_BE=text_BE,
+        text_in_flight=text_in_flight,
+        log_scale=log_scale,
+        bias=bias,
+    )
+    units = _unit_rows(image_BE, text_BE)
     return _Sigmoid.apply(*units, log_scale, bias, group, text_in_flight)  # type: ignore[no-any-return]
 
 
-def _unit_rows(image_BE: Tensor, text_BE: Tensor, group: ProcessGroup | None) -> tuple[Tensor, ...]:
+def _unit_rows(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, ...]:
     """Unit rows of the images and of the texts, differentiable; halves of one buffer."""
-    require_agreement(group, image_BE=image_BE, text_BE=text_BE)
     return normalize_pack(image_BE, text_BE).view(2, *image_BE.shape).unbind()
 
 

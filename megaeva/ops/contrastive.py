@@ -8,13 +8,17 @@ dtype. Nothing here communicates or is differentiable: `megaeva.losses` joins ra
 Where the extension has no kernel for the device, `reference` runs: the same tiles in plain PyTorch.
 """
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megaeva.ops import native_devices
+
+_R = TypeVar("_R")
 
 TILE = 1024  # rows and columns of a tile of the reference
 
@@ -238,11 +242,22 @@ def _tiles(rows_XE: Tensor) -> list[tuple[slice, Tensor]]:
     ]
 
 
+def _without_autocast(function: Callable[..., _R]) -> Callable[..., _R]:
+    """`function` of the query and more, with products in the dtype of its operands, as native operators have them."""
+
+    @functools.wraps(function)
+    def run(query_BE: Tensor, *rest: Any) -> _R:
+        with torch.autocast(query_BE.device.type, enabled=False):
+            return function(query_BE, *rest)
+
+    return run
+
+
 reference = SimpleNamespace(
-    infonce_forward=_infonce_forward,
-    infonce_backward=_infonce_backward,
-    sigmoid_forward=_sigmoid_forward,
-    sigmoid_backward=_sigmoid_backward,
+    infonce_forward=_without_autocast(_infonce_forward),
+    infonce_backward=_without_autocast(_infonce_backward),
+    sigmoid_forward=_without_autocast(_sigmoid_forward),
+    sigmoid_backward=_without_autocast(_sigmoid_backward),
 )
 
 

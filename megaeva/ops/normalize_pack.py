@@ -76,7 +76,16 @@ def _backward(ctx: Any, grad_packed: Tensor, _: Tensor | None) -> tuple[Tensor |
     return (grad_image_BE if image_wanted else None), (grad_text_BE if text_wanted else None), None
 
 
+def _second_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "normalize_pack is differentiated twice; its gradient is defined once; drop create_graph, or use "
+        "megaeva.ops.normalize_pack.reference"
+    )
+
+
 if _NATIVE_DEVICES:
     torch.library.register_fake("megaeva::normalize_pack", _fake)
     torch.library.register_fake("megaeva::normalize_pack_backward", _fake_backward)
     torch.library.register_autograd("megaeva::normalize_pack", _backward, setup_context=_setup_context)
+    # Without it a second derivative would be none, and no error.
+    torch.library.register_autograd("megaeva::normalize_pack_backward", _second_backward)

@@ -36,6 +36,11 @@ class RowsInFlight:
     _gathered: Tensor
     _work: dist.Work | None
 
+    @property
+    def rows(self) -> Tensor:
+        """[ranks * X, D], of which only shape and dtype are certain before `wait`."""
+        return self._gathered
+
     def wait(self) -> Tensor:
         """The rows in rank order, [ranks * X, D]."""
         if self._work is not None:

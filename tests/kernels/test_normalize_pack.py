@@ -201,3 +201,10 @@ def test_without_the_library_the_reference_runs_and_one_line_says_how_to_build()
     (line,) = done.stderr.strip().splitlines()
     assert "/nowhere/libmegaeva.so" in line
     assert "pip install -e . --no-build-isolation" in line
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    rows_BE = torch.randn(5, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(normalize_pack(rows_BE)[:, 0].sum(), rows_BE, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        first.sum().backward()

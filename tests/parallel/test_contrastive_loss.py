@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from megaeva.errors import FeatureError
 from megaeva.losses.contrastive import clip_loss, sigmoid_loss, start_gather
 from megaeva.ops import contrastive as operators
-from megaeva.parallel.collectives import all_logsumexp
+from megaeva.parallel.collectives import RowsInFlight, all_logsumexp
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.spawn import run_ranks
 
@@ -194,6 +194,65 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], list[str]]] = {
 }
 
 
+def flight(rows: int, width: int, dtype: torch.dtype = torch.float32) -> RowsInFlight:
+    return RowsInFlight(torch.ones(rows, width, dtype=dtype), None)
+
+
+# Name: (the loss, its further arguments on rank 0 and on rank 1 of 2, what the message says).
+OTHERS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], dict[str, Any], list[str]]] = {
+    "other smoothing": (
+        clip_loss,
+        {"label_smoothing": 0.1},
+        {},
+        ["label_smoothing is 0.1 on rank 0 and 0.0 on rank 1", "must be the same", "pass one value"],
+    ),
+    "smoothing out of range": (
+        clip_loss,
+        {},
+        {"label_smoothing": 1.0},
+        ["label_smoothing is 1.0 on rank 1", "must lie in [0, 1)"],
+    ),
+    "other scale": (
+        clip_loss,
+        {},
+        {"log_scale": torch.tensor(1.5)},
+        ["log_scale is 1.0 on rank 0 and 1.5 on rank 1", "one log_scale", "broadcast it"],
+    ),
+    "scale of a dimension": (
+        clip_loss,
+        {},
+        {"log_scale": torch.ones(1)},
+        ["log_scale on rank 1 is a tensor of 1 dimensions", "must be a 0-dim floating tensor"],
+    ),
+    "scale a float": (clip_loss, {}, {"log_scale": 1.0}, ["log_scale on rank 1 is no tensor", "pass torch.tensor("]),
+    "other bias": (
+        sigmoid_loss,
+        {"bias": torch.tensor(-1.0)},
+        {"bias": torch.tensor(-2.0)},
+        ["bias is -1.0 on rank 0 and -2.0 on rank 1"],
+    ),
+    "flight on one rank": (
+        clip_loss,
+        {},
+        {"text_in_flight": flight(8, 6)},
+        ["text_in_flight is passed on rank 1 and not on rank 0", "on every rank or on none"],
+    ),
+    "flight too short": (
+        clip_loss,
+        {"text_in_flight": flight(8, 6)},
+        {"text_in_flight": flight(4, 6)},
+        ["text_in_flight on rank 1 is [4, 6] of torch.float32", "must be [8, 6]", "pass what start_gather"],
+    ),
+    "flight of another dtype": (
+        clip_loss,
+        {"text_in_flight": flight(8, 6)},
+        {"text_in_flight": flight(8, 6, torch.bfloat16)},
+        ["text_in_flight on rank 1 is [8, 6] of torch.bfloat16", "must be [8, 6] of torch.float32"],
+    ),
+    "no texts": (clip_loss, {}, {"text_BE": None}, ["text_BE on rank 1 is not passed", "must be a matrix"]),
+}
+
+
 def message_of(call: Callable[[], object]) -> str:
     with pytest.raises(ValueError) as caught:
         call()
@@ -221,6 +280,17 @@ def bad_calls(runtime: Runtime) -> dict[str, list[str]]:
             )
         )
     ]
+    said["another loss"] = [
+        message_of(
+            lambda: (sigmoid_loss if runtime.rank else clip_loss)(
+                torch.ones(4, 6), torch.ones(4, 6), scale, *[scale] * runtime.rank, group=group
+            )
+        )
+    ]
+    for name, (loss, first, second, _) in OTHERS.items():
+        usual: dict[str, Any] = {"image_BE": torch.ones(4, 6), "text_BE": torch.ones(4, 6), "log_scale": scale}
+        arguments = usual | (second if runtime.rank else first)
+        said[name] = [message_of(lambda loss=loss, arguments=arguments: loss(**arguments, group=group))]
     # Nothing was left behind: the next call works, with inputs that are views.
     image_BE = torch.randn(6, 4).T
     assert clip_loss(image_BE, torch.randn(8, 12)[::2, ::2], scale, group=group).isfinite()
@@ -233,8 +303,11 @@ def test_bad_input_of_one_rank_is_one_error_on_every_rank(two_ranks: list[Any]) 
     for name, (_, parts) in BAD.items():
         assert len(set(said[name])) == 1
         assert all(part in said[name][0] for part in parts), said[name]
+    for name, (*_, parts) in OTHERS.items():
+        assert all(part in said[name][0] for part in parts), said[name]
+    assert "rank 0 calls clip_loss and rank 1 sigmoid_loss" in said["another loss"][0]
     assert "text_BE on rank 1 in 4 of 4 rows, first in row 0" in said["texts ahead"][0]
-    assert "image_BE is passed on rank 0 and not on rank 1" in said["ahead on one rank"][0]
+    assert "rank 0 calls clip_loss and rank 1 start_gather" in said["ahead on one rank"][0]
 
 
 # ------------------------------------------------------------------------------------------------------- exchange

@@ -1,6 +1,7 @@
 """The contrastive losses against the plain formulas, on one rank."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,9 +93,10 @@ def test_label_smoothing_is_cross_entropys_and_gradients_are_exact(smoothing: fl
     assert torch.autograd.gradcheck(lambda *leaves: clip_loss(*leaves, label_smoothing=smoothing), leaves)
 
 
-def test_smoothing_outside_0_1_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing=1.0 must lie in \[0, 1\)"):
-        clip_loss(*pairs(2, torch.float32), label_smoothing=1.0)
+@pytest.mark.parametrize("smoothing", [1.0, -0.1, float("nan")])
+def test_smoothing_outside_0_1_is_refused(smoothing: float) -> None:
+    with pytest.raises(ValueError, match=rf"label_smoothing is {smoothing} on rank 0; it must lie in \[0, 1\)"):
+        clip_loss(*pairs(2, torch.float32), label_smoothing=smoothing)
 
 
 def test_sigmoid_loss_is_open_clips_and_gradients_are_exact() -> None:
@@ -119,6 +121,35 @@ def test_gradients_come_in_the_features_dtype_and_the_scales_in_its_own(dtype: t
         assert loss.dtype == torch.float32
         loss.backward()
     assert [leaf.grad.dtype for leaf in (*leaves, scale, bias)] == [dtype, dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+@pytest.mark.parametrize("loss", [clip_loss, sigmoid_loss])
+def test_autocast_changes_nothing(
+    loss: Callable[..., Tensor], implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "reference":
+        monkeypatch.setattr(operators, "_NATIVE_DEVICES", frozenset())
+    elif "cpu" not in operators._NATIVE_DEVICES:
+        pytest.skip("the extension is not built")
+    leaves = [*pairs(8, torch.float32)[:2], torch.tensor(4.6, requires_grad=True)]
+    if loss is sigmoid_loss:
+        leaves.append(torch.tensor(-1.5, requires_grad=True))
+    plain = loss(*leaves)
+    expected = [plain, *torch.autograd.grad(plain, leaves)]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*leaves)
+        found = [value, *torch.autograd.grad(value, leaves)]
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("loss", [clip_loss, sigmoid_loss])
+def test_a_second_derivative_is_an_error(loss: Callable[..., Tensor]) -> None:
+    image, text, log_scale = pairs(7, torch.float32)
+    more = [torch.tensor(-1.5)] if loss is sigmoid_loss else []
+    (first,) = torch.autograd.grad(loss(image, text, log_scale, *more), image, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiated twice|differentiate twice"):
+        first.pow(2).sum().backward()
 
 
 @pytest.mark.slow
@@ -156,6 +187,45 @@ def test_no_copy_of_the_features_is_wider_than_they_are(monkeypatch: pytest.Monk
     with Watch():
         clip_loss(image, text, torch.tensor(2.0), label_smoothing=0.1).backward()
     assert largest <= 8 * 32
+
+
+PLAIN, SCALE = torch.ones(3, 4), torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((PLAIN, None, SCALE), "text_BE on rank 0 is not passed; it must be a matrix"),
+        ((None, PLAIN, SCALE), "image_BE on rank 0 is not passed; it must be a matrix"),
+        ((None, None, SCALE), "image_BE on rank 0 is not passed; it must be a matrix"),
+        ((PLAIN, [[1.0]], SCALE), "text_BE on rank 0 is no tensor; it must be a matrix"),
+        (
+            (PLAIN, PLAIN, 1.0),
+            "log_scale on rank 0 is no tensor; it must be a 0-dim floating tensor; pass torch.t",
+        ),
+        ((PLAIN, PLAIN, None), "log_scale on rank 0 is not passed; it must be a 0-dim floating tensor"),
+        ((PLAIN, PLAIN, SCALE[None]), "log_scale on rank 0 is a tensor of 1 dimensions; it must be a 0-dim floating"),
+        ((PLAIN, PLAIN, torch.tensor(2)), "log_scale on rank 0 is 2.0 of torch.int64; it must be a 0-dim floating"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_other_arguments_are_explained_by_both(
+    arguments: tuple[Any, ...], expected: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "reference":
+        monkeypatch.setattr(operators, "_NATIVE_DEVICES", frozenset())
+    with pytest.raises(ValueError) as caught:
+        clip_loss(*arguments)
+    assert expected in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        sigmoid_loss(*arguments, SCALE)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("bias", [None, -10.0, SCALE[None]])
+def test_a_bias_that_is_none_is_explained(bias: Any) -> None:
+    with pytest.raises(ValueError, match=r"bias on rank 0 is .*; it must be a 0-dim floating tensor"):
+        sigmoid_loss(PLAIN, PLAIN, SCALE, bias)
 
 
 @pytest.mark.parametrize(
