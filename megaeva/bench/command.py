@@ -51,6 +51,7 @@ def run_data(model: str, batch: int, peer: Literal["webdataset"], workers: int, 
         UserError: an unknown model, or a package that the benchmark needs is not installed.
     """
     section = find_model(model)
+    require_open_clip(f"--peer {peer}")
     from megaeva.bench.data import benchmark_data
 
     command = f"megaeva bench data --peer {peer} --model {model} --batch {batch} --workers {workers} --rounds {rounds}"
@@ -140,6 +141,18 @@ def find_model(name: str) -> ModelSection:
     return ModelSection.model_validate({"variant": variant} | VARIANTS[variant])
 
 
+def require_open_clip(option: str, otherwise: str = "") -> None:
+    """Returns where open_clip is installed, which `option` needs.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        raise UserError(
+            f"{option} needs open_clip, which is not installed; run pip install 'megaeva[eval]'{otherwise}."
+        )
+
+
 def _check_step(model: ModelSection, peer: str, part: str) -> None:
     if peer == "padded" and part == "vision":
         raise ConfigError(
@@ -154,8 +167,7 @@ def _check_step(model: ModelSection, peer: str, part: str) -> None:
             f"--model {model.variant} --peer open_clip: open_clip has no such model; it must be one of "
             f"{', '.join(OPEN_CLIP_NAMES)}, or use --peer plain."
         )
-    if importlib.util.find_spec("open_clip") is None:
-        raise UserError("--peer open_clip needs open_clip, which is not installed; `pip install 'megaeva[eval]'`.")
+    require_open_clip("--peer open_clip", ", or use --peer plain")
 
 
 def _check_loss(batches: Sequence[int], peer: str, ranks: int) -> None:
@@ -167,11 +179,7 @@ def _check_loss(batches: Sequence[int], peer: str, ranks: int) -> None:
             )
     if peer == "none":
         return
-    if importlib.util.find_spec("open_clip") is None:
-        raise ConfigError(
-            "--peer open_clip is not installed, it must be to be measured; "
-            "run pip install 'open_clip_torch>=3.2,<4', or use --peer none."
-        )
+    require_open_clip("--peer open_clip", ", or use --peer none")
     # Two matrices of logits and their log-softmaxes, in fp32 for the comparison of values; on each rank of its own.
     needed, available = 16 * max(batches) ** 2 * ranks, psutil.virtual_memory().available
     if needed > available:

@@ -36,6 +36,11 @@ LOSS_TOLERANCE = 1e-5
 ROUNDED_AGAIN = 1e-3  # of the loss whose bf16 rows are normalised, and so rounded to bf16, once more
 GRADIENT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-2}
 
+# What the line of a side is the measure of.
+_CARRIES = {
+    "engine": "the operators alone, ClipLoss's own work: the bounds on time, products and memory are this line's",
+    "clip_loss": "what training calls, which normalises the rows both ways as well: no bound is this line's",
+}
 _ERRORS_BATCH = 1024  # fp64 products of a larger one take longer than what is benchmarked
 
 
@@ -67,22 +72,23 @@ class LossTimes:
             by_peer = Comparison(self.times_ms[side], self.times_ms["open_clip"])
             by_products = Comparison(self.times_ms[side], self.times_ms["products"])
             mib = self.alone[side].peak_mib
+            percent = 100 * mib / peer_mib if peer_mib else math.nan
             yield (
-                f"{side} {by_peer.ours:.0f} ms, four matrix products alone {by_products.peer:.0f} ms "
-                f"(ours / products {by_products.ours_per_peer}), open_clip {by_peer.peer:.0f} ms: "
-                f"{by_peer.peer_per_ours}x as fast; peak memory beyond inputs and gradients {mib:.0f} MiB, "
-                f"open_clip {peer_mib:.0f} MiB: {100 * mib / peer_mib if peer_mib else math.nan:.1f} %"
+                f"{side} ({_CARRIES[side]}) {figure(by_peer.ours)} ms, four matrix products alone "
+                f"{figure(by_products.peer)} ms (ours / products {by_products.ours_per_peer}), open_clip "
+                f"{figure(by_peer.peer)} ms: {by_peer.peer_per_ours}x as fast; peak memory beyond inputs and gradients "
+                f"{figure(mib)} MiB, open_clip {figure(peer_mib)} MiB: {percent:.1f} %"
             )
             yield row(
                 f"`{command}`",
                 side,
-                f"{by_peer.ours:.0f}",
-                f"{by_products.peer:.0f}",
-                f"{by_peer.peer:.0f}",
+                figure(by_peer.ours),
+                figure(by_products.peer),
+                figure(by_peer.peer),
                 str(by_peer.peer_per_ours),
                 str(by_products.ours_per_peer),
-                f"{mib:.0f}",
-                f"{peer_mib:.0f}",
+                figure(mib),
+                figure(peer_mib),
             )
 
 
@@ -135,12 +141,11 @@ def size_lines(
         alone = measure_alone(_job("engine", num_pairs, embed_dim, precision, num_rounds))
         measured.append((num_pairs, alone))
         yield (
-            f"{num_pairs} pairs: {alone.ms:.0f} ms, peak memory beyond inputs and gradients {alone.peak_mib:.1f} MiB; "
-            f"one matrix of logits is {4 * num_pairs**2 / 2**20:.0f} MiB in fp32"
+            f"{num_pairs} pairs: {figure(alone.ms)} ms, peak memory beyond inputs and gradients "
+            f"{figure(alone.peak_mib)} MiB; one matrix of logits is {figure(4 * num_pairs**2 / 2**20)} MiB in fp32"
         )
-        yield row(
-            f"`{command}`", f"engine, {num_pairs} pairs", f"{alone.ms:.0f}", "", "", "", "", f"{alone.peak_mib:.1f}", ""
-        )
+        side = f"engine, {num_pairs} pairs"
+        yield row(f"`{command}`", side, figure(alone.ms), "", "", "", "", figure(alone.peak_mib), "")
     (first, small), (last, large) = measured[0], measured[-1]
     if first != last and small.peak_bytes:
         power = math.log(large.peak_bytes / small.peak_bytes) / math.log(last / first)
@@ -152,6 +157,11 @@ def accuracy_lines(num_pairs: int, embed_dim: int) -> Iterator[str]:
     num_pairs = min(num_pairs, _ERRORS_BATCH)
     yield f"error against fp64 with {num_pairs} pairs, fp32, root mean square over draws:"
     yield from error_lines(measure_errors(num_pairs, embed_dim))
+
+
+def figure(value: float) -> str:
+    """Milliseconds or MiB with three digits at least, without an exponent where they are many."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def describe(num_pairs: int, embed_dim: int) -> str:

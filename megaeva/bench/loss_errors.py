@@ -31,13 +31,22 @@ class Errors:
     plain: dict[str, float]
     reference: dict[str, float]
 
-    def ratio(self, quantity: str) -> float:
-        """Error of ours per error of the plain formula, which counts as at least the exact result's rounding to fp32.
+    def floor(self, quantity: str) -> float:
+        """What the plain formula's error counts as at least: the exact result's rounding to fp32.
 
-        And as what the fp64 formula itself loses: where every pair is certain, its gradients are rounding.
+        And what the fp64 formula itself loses: where every pair is certain, its gradients are rounding.
         """
-        least = max(_ROUNDING * self.reference[quantity], _FP64_ROUNDING * self.scale)
-        return self.ours[quantity] / max(self.plain[quantity], least)
+        return max(_ROUNDING * self.reference[quantity], _FP64_ROUNDING * self.scale)
+
+    def ratio(self, quantity: str) -> float:
+        """Error of ours per error of the plain formula, or per `floor` where that is larger."""
+        return self.ours[quantity] / max(self.plain[quantity], self.floor(quantity))
+
+    def cell(self, quantity: str) -> str:
+        """The ratio with what was divided; a star where that was the floor."""
+        plain, floor = self.plain[quantity], self.floor(quantity)
+        divisor = f"{plain:.1e}" if plain >= floor else f"{floor:.1e}*"
+        return f"{self.ours[quantity]:.1e} / {divisor} = {self.ratio(quantity):.3g}"
 
 
 def measure_errors(num_pairs: int, embed_dim: int) -> list[Errors]:
@@ -76,20 +85,22 @@ def hard_inputs(num_pairs: int, embed_dim: int, scale: float, seed: int) -> Iter
 
 
 def error_lines(measured: list[Errors]) -> Iterator[str]:
-    """A table, ours / plain under each quantity, and the worst."""
+    """A table, ours / plain under each quantity, what its stars mean, and the worst."""
     titles = {"loss": "loss", "image_BE": "image grad", "text_BE": "text grad", "log_scale": "scale grad"}
     yield "| inputs | scale | " + " | ".join(f"{titles[name]}: ours / plain fp32" for name in QUANTITIES) + " |"
     yield "|---|---" + "|---" * len(QUANTITIES) + "|"
     for errors in measured:
-        cells = [
-            f"{errors.ours[name]:.1e} / {errors.plain[name]:.1e} = {errors.ratio(name):.3g}" for name in QUANTITIES
-        ]
+        cells = [errors.cell(name) for name in QUANTITIES]
         yield f"| {errors.inputs} | {errors.scale:g} | " + " | ".join(cells) + " |"
+    yield (
+        "* plain fp32 is off by less than this floor, which is divided by instead: 2^-24 of the exact value's norm "
+        "(its rounding to fp32), or 2^-50 of the scale (what fp64 itself loses)"
+    )
     errors, name = max(
         ((errors, name) for errors in measured for name in QUANTITIES), key=lambda at: at[0].ratio(at[1])
     )
     yield (
-        f"worst: {errors.ratio(name):.3g} times the plain formula's error, of the {titles[name]} with {errors.inputs}, "
+        f"worst: {errors.cell(name)} times the plain formula's error, of the {titles[name]} with {errors.inputs}, "
         f"scale {errors.scale:g}"
     )
 

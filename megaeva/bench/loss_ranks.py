@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megaeva.bench.compare import Comparison, row, take_turns
-from megaeva.bench.loss import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from megaeva.bench.loss import GRADIENT_TOLERANCE, LOSS_TOLERANCE, figure
 from megaeva.bench.loss_memory import MIB
 from megaeva.bench.loss_sides import (
     Features,
@@ -69,21 +69,21 @@ class RankTimes:
         peers = [name for name in self.times_ms if name != "clip_loss"]
         if not peers:
             timed = Comparison(times, times)
-            yield f"clip_loss {timed.ours:.0f} ms, each rank sends {sent / MIB:.2f} MiB"
-            yield row(f"`{command}`", "none", f"{timed.ours:.0f}", "", "", f"{sent / MIB:.2f}", "", "")
+            yield f"clip_loss {figure(timed.ours)} ms, each rank sends {sent / MIB:.2f} MiB"
+            yield row(f"`{command}`", "none", figure(timed.ours), "", "", f"{sent / MIB:.2f}", "", "")
         for name in peers:
             timed = Comparison(times, self.times_ms[name])
             theirs = self.sent_bytes[name]
             yield (
-                f"clip_loss {timed.ours:.0f} ms, ClipLoss({name}, gather_with_grad=True) {timed.peer:.0f} ms: "
+                f"clip_loss {figure(timed.ours)} ms, ClipLoss({name}, gather_with_grad=True) {figure(timed.peer)} ms: "
                 f"{timed.peer_per_ours}x as fast; each rank sends {sent / MIB:.2f} MiB, the peer's "
                 f"{theirs / MIB:.2f} MiB: {sent / theirs:.3f}"
             )
             yield row(
                 f"`{command}`",
                 name,
-                f"{timed.ours:.0f}",
-                f"{timed.peer:.0f}",
+                figure(timed.ours),
+                figure(timed.peer),
                 str(timed.peer_per_ours),
                 f"{sent / MIB:.2f}",
                 f"{theirs / MIB:.2f}",

@@ -36,7 +36,7 @@ def photo_shards(
     Each shard is there under `NUM_COPIES` names. Captions are three class names of ImageNet; hardly one comes twice.
 
     Raises:
-        UserError: a package that brings a photograph or the class names is not installed.
+        UserError: a package that brings a photograph is not installed.
     """
     if not folder.is_dir():
         sources = [Image.open(_file_of(package, name)).convert("RGB") for package, name in _SOURCES]
@@ -89,11 +89,6 @@ def _file_of(package: str, name: str) -> Path:
 
 
 def _class_names() -> list[str]:
-    try:
-        from open_clip import IMAGENET_CLASSNAMES
-    except ImportError as error:
-        raise UserError(
-            f"open_clip cannot be imported ({error}); captions, and the peer's transform and tokenizer, are taken from "
-            "it; run: pip install open_clip_torch"
-        ) from None
+    from open_clip import IMAGENET_CLASSNAMES
+
     return list(IMAGENET_CLASSNAMES)

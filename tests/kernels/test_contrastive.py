@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif("cpu" not in native_devices(), reason="the exten
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # A tile of the kernels is 2048 queries by 512 keys, a block of a product 64 by 64.
 UNEVEN = (2100, 1100, 24)
+MANY = (2090, 2100, 2110, 2120)  # pairs: two tiles of queries, four to five of keys
 
 
 def _native() -> Any:
@@ -170,6 +171,12 @@ def _one_huge(seed: int, num: int, width: int) -> tuple[Tensor, Tensor]:
     return image_BE, text_BE
 
 
+def _growing(seed: int, num: int, width: int) -> tuple[Tensor, Tensor]:
+    image_BE, text_BE = _matched(seed, num, width)
+    longer_B1 = torch.linspace(0.1, 5, num, dtype=torch.float64)[:, None]
+    return image_BE * longer_B1, text_BE  # each tile of queries has larger logits than all before it
+
+
 def _long(seed: int, num: int, width: int) -> tuple[Tensor, Tensor]:
     image_BE, text_BE = _random(seed, num, width)
     return image_BE * 1e3, text_BE * 1e3
@@ -186,11 +193,30 @@ def _one_sided(seed: int, num: int, width: int) -> tuple[Tensor, Tensor]:
 def test_error_against_fp64_is_at_most_twice_plain_pytorch(
     make: Callable[[int, int, int], tuple[Tensor, Tensor]], scale_value: float, bias_value: float | None
 ) -> None:
-    num_draws = 24  # single numbers, as the scale's derivative, are compared over many
+    # Other sizes in every draw: where all rows are equal, one rounding error would be everyone's.
+    _check_errors(make, scale_value, bias_value, range(60, 84), 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias_value", [None, -10.0], ids=["infonce", "sigmoid"])
+@pytest.mark.parametrize("make", [_random, _matched, _growing])
+def test_so_it_is_over_several_tiles_of_queries(
+    make: Callable[[int, int, int], tuple[Tensor, Tensor]], bias_value: float | None
+) -> None:
+    _check_errors(make, 14.3, bias_value, MANY, 8)
+
+
+def _check_errors(
+    make: Callable[[int, int, int], tuple[Tensor, Tensor]],
+    scale_value: float,
+    bias_value: float | None,
+    sizes: Sequence[int],
+    width: int,
+) -> None:
+    """Over draws of these sizes, as single numbers (the scale's derivative) are compared over many."""
     squares = torch.zeros(2, 5, dtype=torch.float64)
-    for seed in range(num_draws):
-        # Other sizes in every draw: where all rows are equal, one rounding error would be everyone's.
-        image_BE, text_BE = (x.float() for x in make(seed, 60 + seed, 40))
+    for seed, num in enumerate(sizes):
+        image_BE, text_BE = (x.float() for x in make(seed, num, width))
         scale = torch.tensor(scale_value)
         bias = None if bias_value is None else torch.tensor(bias_value)
         exact = _plain(image_BE.double(), text_BE.double(), scale.double(), None if bias is None else bias.double())

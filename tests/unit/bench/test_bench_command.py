@@ -77,7 +77,18 @@ def test_open_clips_names_are_understood_and_known_to_open_clip() -> None:
     assert set(OPEN_CLIP_NAMES.values()) <= set(open_clip.list_models())
 
 
-def test_open_clip_must_be_installed_to_be_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("step", "--peer", "open_clip"), "--peer open_clip needs open_clip"),
+        (("loss", "--batch", "16"), "--peer open_clip needs open_clip"),
+        (("data",), "--peer webdataset needs open_clip"),
+    ],
+)
+def test_open_clip_must_be_installed(
+    arguments: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = run("step", "--peer", "open_clip")
-    assert result.exit_code == 2 and "pip install 'megaeva[eval]'" in result.stderr
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr and "pip install 'megaeva[eval]'" in result.stderr

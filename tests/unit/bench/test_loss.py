@@ -55,7 +55,7 @@ def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = run("--batch", "16")
     assert result.exit_code == 2
-    assert "pip install 'open_clip_torch" in result.stderr and "--peer none" in result.stderr
+    assert "pip install 'megaeva[eval]'" in result.stderr and "--peer none" in result.stderr
 
 
 @pytest.mark.slow
@@ -217,6 +217,28 @@ def test_errors_find_a_loss_that_loses_digits(monkeypatch: pytest.MonkeyPatch) -
     assert "of the loss" in list(loss_errors.error_lines(measured))[-1]
 
 
+def test_the_table_of_errors_prints_what_it_divides_by() -> None:
+    ours, plain, reference = (dict.fromkeys(loss_errors.QUANTITIES, x) for x in (1e-20, 4.7e-26, 1e-12))
+    ours["loss"], plain["loss"], reference["loss"] = 3e-6, 2e-6, 2.0
+    ours["log_scale"], plain["log_scale"], reference["log_scale"] = 1.2e-7, 1e-9, 4.0
+    *_, row, star, worst = loss_errors.error_lines([loss_errors.Errors("some", 2.0, ours, plain, reference)])
+    assert cells(row)[2:] == [
+        "3.0e-06 / 2.0e-06 = 1.5",
+        "1.0e-20 / 1.8e-15* = 5.63e-06",  # 2^-50 of the scale
+        "1.0e-20 / 1.8e-15* = 5.63e-06",
+        "1.2e-07 / 2.4e-07* = 0.503",  # 2^-24 of the exact value
+    ]
+    assert star.startswith("* plain fp32 is off by less than this floor")
+    assert worst.startswith("worst: 3.0e-06 / 2.0e-06 = 1.5 times")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.01234, "0.0123"), (9.5, "9.5"), (26.04, "26"), (999.4, "999"), (123456.7, "123457")]
+)
+def test_small_figures_keep_three_digits(value: float, expected: str) -> None:
+    assert loss.figure(value) == expected
+
+
 def test_hard_inputs_are_hard() -> None:
     inputs = dict(loss_errors.hard_inputs(8, 16, 100.0, 0))
     logits = {
@@ -254,8 +276,8 @@ def test_the_command_at_several_sizes_says_how_memory_grows(monkeypatch: pytest.
     result = run("--batch", "64", "--batch", "256", "--dim", "16", "--peer", "none", "--rounds", "3")
     assert result.exit_code == 0, result.output
     small, large = rows(result.stdout)
-    assert small[3:5] == ["engine, 64 pairs", "4"] and small[9] == "1.0"
-    assert large[3:5] == ["engine, 256 pairs", "40"] and large[9] == "8.0"
+    assert small[3:5] == ["engine, 64 pairs", "4"] and small[9] == "1"
+    assert large[3:5] == ["engine, 256 pairs", "40"] and large[9] == "8"
     assert len(small) == len(large) == 12
     assert "from 64 to 256 pairs memory grows as B^1.50" in result.stdout
 
@@ -269,12 +291,17 @@ def test_the_report_says_who_is_faster() -> None:
     losses = {"engine": 9.7, "clip_loss": 9.7, "open_clip": 9.5, "fp32": 9.7}
     lines = list(loss.LossTimes(times, alone, losses, 1e-7).report(COMMAND))
     assert "open_clip 9.50000 (-0.2 to itself in fp32" in lines[0]
-    assert "engine 10 ms" in lines[1] and "2.5 (2-3)x as fast" in lines[1] and lines[1].endswith(": 3.0 %")
+    assert (
+        "the bounds on time, products and memory are this line's) 10.5 ms" in lines[1]
+        and "2.5 (2-3)x as fast" in lines[1]
+        and lines[1].endswith(": 3.0 %")
+    )
+    assert lines[3].startswith("clip_loss (") and "no bound is this line's) 20 ms" in lines[3]
     assert cells(lines[2])[2:11] == [
         f"`{COMMAND}`",
         "engine",
-        "10",
-        "10",
+        "10.5",
+        "9.5",
         "26",
         "2.5 (2-3)",
         "1.11 (1.1-1.11)",
