@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from megaeva.ops import native_devices
 
-_NATIVE_DEVICES = native_devices("swiglu") - {"cuda"}  # on a GPU the reference is torch's own kernels
+_NATIVE_DEVICES = native_devices("swiglu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
