@@ -1,12 +1,15 @@
 """`megaeva bench data`: its photographs, the check that both sides do the same work, and what it prints."""
 
 import io
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 from typer.testing import CliRunner
 
 from megaeva import cli
@@ -19,6 +22,15 @@ from megaeva.data.transforms import reduced_scale, train_crop
 from megaeva.errors import UserError
 
 MODEL = find_model("EVA02-CLIP-B-16")
+
+
+@pytest.fixture(autouse=True)
+def signal_handler() -> Iterator[None]:
+    """Takes torch's handler of dead workers back, which the peer's DataLoader leaves behind for the whole process."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+    signal_handling._SIGCHLD_handler_set = False
 
 
 @pytest.fixture(scope="module")
