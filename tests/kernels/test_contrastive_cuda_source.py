@@ -13,6 +13,7 @@ from megaeva.ops.contrastive import accumulate_dtype
 from tests.kernels import simt_build
 from tests.kernels.simt_build import CSRC, SEEDS, KernelFault, Kernels, compile_kernels
 
+pytestmark = pytest.mark.slow
 # In the order of csrc/common/scalar.h.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF_WEIGHT_GAIN = 4096  # kHalfWeightGain of contrastive_cuda.h

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.kernels.simt_build import KernelFault, Kernels, compile_kernels
 
+pytestmark = pytest.mark.slow
 MANY_SEEDS = range(20)
 NUM_THREADS = 96  # of a block, in simt_cases.cpp
 
