@@ -6,7 +6,6 @@
 // The products are torch's brgemm, a kernel for small matrices in float accumulation. It wants the right-hand side of a
 // bf16 product with neighbouring rows interleaved; `Pairs<G>` is 2 there and 1 otherwise.
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "attention/launch.h"
+#include "common/brgemm_cpu.h"
 #include "common/elements_cpu.h"
 #include "common/multiversion.h"
 
@@ -411,15 +411,6 @@ MEGAEVA_HEADS(half, Half, float)
 MEGAEVA_HEADS(bfloat16, BFloat16, BFloat16)
 MEGAEVA_HEADS(bfloat16_as_float, BFloat16, float)
 #undef MEGAEVA_HEADS
-
-// Elsewhere a bf16 product is emulated, and slower than one in float.
-bool has_bfloat16_products() {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  return __builtin_cpu_supports("avx512bf16") && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
 
 void over_heads(const Params& p, void (*heads)(const Params&, int64_t, int64_t)) {
   at::parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) { heads(p, begin, end); });

@@ -12,6 +12,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "common/elements_cpu.h"
 #include "common/multiversion.h"
 #include "contrastive/launch.h"
 #include "contrastive/matmul_cpu.h"
@@ -79,11 +80,7 @@ MEGAEVA_INLINE void store_row(const A* row, std::int64_t columns, A* out) {
 
 MEGAEVA_INLINE void store_row(const float* row, std::int64_t columns, c10::BFloat16* out) {
 #pragma omp simd
-  for (std::int64_t j = 0; j < columns; ++j) {
-    const auto bits = std::bit_cast<std::uint32_t>(row[j]);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    out[j].x = static_cast<std::uint16_t>(row[j] == row[j] ? rounded : 0x7fc0u);
-  }
+  for (std::int64_t j = 0; j < columns; ++j) out[j] = narrow<c10::BFloat16>(row[j]);
 }
 
 // Logits of one row. A loop of its own: fused with a later subtraction the compiler would keep digits that the logit

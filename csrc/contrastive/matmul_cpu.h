@@ -5,7 +5,6 @@
 // for (float64, a machine without AVX2, torch.backends.mkldnn switched off) goes through at::mm.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
@@ -16,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/brgemm_cpu.h"
 #include "common/multiversion.h"
 #include "contrastive/launch.h"
 
@@ -30,9 +30,6 @@ constexpr std::int64_t blocks_of(std::int64_t length) { return (length + kBlock 
 
 // oneDNN wants the right factor in panels of kBlock columns, where the terms of a sum that fill 32 bits are neighbours:
 // [panel][depth / kGroup][kBlock][kGroup].
-template <typename T>
-constexpr std::int64_t kGroup = static_cast<std::int64_t>(4 / sizeof(T));
-
 constexpr std::int64_t panel_size(std::int64_t depth) { return (depth + 1) / 2 * 2 * kBlock; }
 
 // One panel of the right factor rows^T: `columns` rows of `words` 32-bit words, transposed.
@@ -108,34 +105,6 @@ void multiply(const T* left, std::int64_t left_stride, const T* panels, std::int
   });
 }
 
-// Whether oneDNN multiplies T here: asked by doing it, and by torch.backends.mkldnn.
-template <typename T>
-bool has_blocks() {
-  if (!at::globalContext().userEnabledMkldnn()) return false;
-  static const bool works = [] {
-    try {
-      const T left[2] = {T(1), T(2)};
-      T panel[2 * kBlock] = {};
-      for (std::int64_t row = 0; row < 2; ++row) panel[row / kGroup<T> * kBlock * kGroup<T> + row % kGroup<T>] = T(3);
-      float out = 0;
-      multiply(left, 2, panel, 1, 1, 2, false, &out, 1);
-      return out == 9.0f;
-    } catch (const c10::Error&) {
-      return false;
-    }
-  }();
-  return works;
-}
-
-// oneDNN accepts bfloat16 on every AVX-512 machine, but only with instructions for it is it faster than float32.
-inline bool has_bfloat16_instructions() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 class Matmul {
  public:
   Matmul(const at::Tensor& query, const at::Tensor& key, bool with_gradients)
@@ -143,9 +112,8 @@ class Matmul {
         columns_(std::clamp<std::int64_t>(key.size(0), 1, kTileColumns)),
         width_(query.size(1)),
         type_(wide_type(query.scalar_type())) {
-    const bool in_bfloat16 = query.scalar_type() == at::kBFloat16 && width_ % 2 == 0 && has_bfloat16_instructions() &&
-                             has_blocks<c10::BFloat16>();
-    blocked_ = width_ > 0 && (in_bfloat16 || (type_ == at::kFloat && has_blocks<float>()));
+    const bool in_bfloat16 = query.scalar_type() == at::kBFloat16 && width_ % 2 == 0 && has_bfloat16_products();
+    blocked_ = width_ > 0 && (in_bfloat16 || (type_ == at::kFloat && has_brgemm<float>()));
     if (in_bfloat16 && blocked_) type_ = at::kBFloat16;
     product_ = at::empty({rows_ * columns_}, wide_options(query));
     const at::TensorOptions options = query.options().dtype(type_);

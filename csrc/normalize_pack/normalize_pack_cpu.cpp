@@ -11,14 +11,12 @@
 #include <optional>
 #include <type_traits>
 
+#include "common/elements_cpu.h"
 #include "common/multiversion.h"
 #include "normalize_pack/launch.h"
 
 namespace megaeva::normalize_pack {
 namespace {
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Elements one thread should get at least: below, starting a thread costs more than the work.
 constexpr std::int64_t kGrainElements = 32768;

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaeva.losses.contrastive import clip_loss
+from megaeva.ops import accumulate_dtype
 from megaeva.ops.contrastive import infonce_backward, infonce_forward
 
 Precision = Literal["fp32", "bf16"]
@@ -28,7 +29,7 @@ class Features:
 
     def to(self, dtype: torch.dtype) -> "Features":
         """The same in `dtype`; the scale stays at least fp32."""
-        scale_dtype = torch.promote_types(dtype, torch.float32)
+        scale_dtype = accumulate_dtype(dtype)
         return Features(self.image_BE.to(dtype), self.text_BE.to(dtype), self.log_scale.to(scale_dtype))
 
 

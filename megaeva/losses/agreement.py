@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megaeva.errors import FeatureError
-from megaeva.ops.contrastive import accumulate_dtype
+from megaeva.ops import DTYPES, accumulate_dtype
 from megaeva.parallel.collectives import RowsInFlight, all_gather_rows
 
-_FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A dtype's code is its place here; all ranks run one torch.
-_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+_ALL_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _NAMES = ("image_BE", "text_BE")
 Call = Literal["start_gather", "clip_loss", "sigmoid_loss"]
 _NEEDED: dict[Call, tuple[str, ...]] = {
@@ -91,7 +90,7 @@ class _Seen:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype_code]
+        return _ALL_DTYPES[self.dtype_code]
 
     def __str__(self) -> str:
         if self.num_dims == 2:
@@ -110,7 +109,7 @@ class _Number:
     def __str__(self) -> str:
         if self.num_dims:
             return _kind(self.num_dims)
-        dtype = _DTYPES[self.dtype_code]
+        dtype = _ALL_DTYPES[self.dtype_code]
         return repr(_float(self.bits)) if dtype.is_floating_point else f"{_float(self.bits)!r} of {dtype}"
 
 
@@ -155,8 +154,8 @@ def _describe(x_BE: Tensor | None, device: torch.device, look: bool = True) -> T
         return torch.tensor([_NOT_PASSED if x_BE is None else _NO_TENSOR, 0, 0, 0, 0, 0], device=device)
     is_matrix = x_BE.dim() == 2
     shape = x_BE.shape if is_matrix else (0, 0)
-    static = torch.tensor([x_BE.dim(), *shape, _DTYPES.index(x_BE.dtype)], device=device)
-    if not look or not is_matrix or shape[0] == 0 or x_BE.dtype not in _FEATURE_DTYPES:
+    static = torch.tensor([x_BE.dim(), *shape, _ALL_DTYPES.index(x_BE.dtype)], device=device)
+    if not look or not is_matrix or shape[0] == 0 or x_BE.dtype not in DTYPES:
         return torch.cat([static, static.new_zeros(2)])
     bad_B = ~_row_norms(x_BE.detach()).isfinite()
     return torch.cat([static, torch.stack([bad_B.sum(), bad_B.long().argmax()])])
@@ -166,7 +165,7 @@ def _describe_number(value: Tensor | None, device: torch.device) -> Tensor:
     """The three integers of `_Number`, on the device."""
     if not isinstance(value, Tensor):
         return torch.tensor([_NOT_PASSED if value is None else _NO_TENSOR, 0, 0], device=device)
-    static = torch.tensor([value.dim(), _DTYPES.index(value.dtype)], device=device)
+    static = torch.tensor([value.dim(), _ALL_DTYPES.index(value.dtype)], device=device)
     if value.dim() or value.is_complex():
         return torch.cat([static, static.new_zeros(1)])
     return torch.cat([static, value.detach().to(device, torch.float64).view(torch.int64)[None]])
@@ -194,8 +193,8 @@ def _faults(ranks: Sequence[_Rank]) -> Iterator[str]:
                 yield f"{name} on rank {rank} is {seen}; it must be a matrix [rows, embedding]; pass the features"
             if seen.num_dims != 2:
                 yield f"{name} on rank {rank} is {seen}; it must be a matrix [rows, embedding]; reshape it"
-            if seen.dtype not in _FEATURE_DTYPES:
-                known = ", ".join(str(dtype) for dtype in _FEATURE_DTYPES)
+            if seen.dtype not in DTYPES:
+                known = ", ".join(str(dtype) for dtype in DTYPES)
                 yield f"{name} on rank {rank} is {seen.dtype}; it must be one of {known}; convert it"
             if seen.num_rows == 0 or seen.width == 0:
                 yield f"{name} on rank {rank} is {seen}, empty; every rank must pass at least one row; skip this batch"
@@ -233,7 +232,7 @@ def _wrong_numbers(ranks: Sequence[_Rank]) -> Iterator[str]:
     """Of the scale, the bias and the smoothing."""
     for rank, passed in enumerate(ranks):
         for name, number in (("log_scale", passed.log_scale), ("bias", passed.bias)):
-            if passed.needs(name) and (number.num_dims or not _DTYPES[number.dtype_code].is_floating_point):
+            if passed.needs(name) and (number.num_dims or not _ALL_DTYPES[number.dtype_code].is_floating_point):
                 remedy = "take one element of it, or convert it" if number.num_dims >= 0 else "pass torch.tensor(...)"
                 yield f"{name} on rank {rank} is {number}; it must be a 0-dim floating tensor; {remedy}"
         if not 0 <= passed.label_smoothing < 1:

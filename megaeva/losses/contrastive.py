@@ -16,13 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megaeva.losses.agreement import require_agreement
-from megaeva.ops.contrastive import (
-    accumulate_dtype,
-    infonce_backward,
-    infonce_forward,
-    sigmoid_backward,
-    sigmoid_forward,
-)
+from megaeva.ops import accumulate_dtype
+from megaeva.ops.contrastive import infonce_backward, infonce_forward, sigmoid_backward, sigmoid_forward
 from megaeva.ops.normalize_pack import normalize_pack
 from megaeva.parallel.collectives import RowsInFlight, all_gather_rows, all_logsumexp, start_gather_rows
 

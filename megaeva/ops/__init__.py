@@ -7,14 +7,21 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LIBRARY_PATH = Path(__file__).with_name("libmegaeva.so")
 VERSION = 1  # of the schemas in csrc/bindings.cpp, which says the same: raised when one of them changes
 BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what every operator takes
 
 _log = logging.getLogger("megaeva.ops")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over elements of `dtype` are kept in: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @cache
@@ -47,6 +54,18 @@ def _load() -> frozenset[str]:
         # OSError is also what a library compiled against another torch gives (an undefined symbol).
         _say(str(error).splitlines()[0])
         return frozenset()
+
+
+def differentiate_once(operator: str) -> None:
+    """Makes a second derivative of `operator` an error; without it there would be none, or zeros, and no error."""
+
+    def second_backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{operator} is differentiated twice; its gradient is defined once; drop create_graph, or use "
+            f"megaeva.ops.{operator}.reference"
+        )
+
+    torch.library.register_autograd(f"megaeva::{operator}_backward", second_backward)
 
 
 def _say(reason: str) -> None:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.ops import native_devices
+from megaeva.ops import DTYPES, accumulate_dtype, differentiate_once, native_devices
 
 _NATIVE_DEVICES = native_devices("attention")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def attention(qkv_SBX: Tensor, num_heads: int, *, cos_sin: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -31,7 +30,7 @@ def attention(qkv_SBX: Tensor, num_heads: int, *, cos_sin: Tensor | None = None,
     its own heads: no communication.
     """
     head_width = qkv_SBX.shape[-1] // (3 * num_heads)
-    if qkv_SBX.device.type in _NATIVE_DEVICES and qkv_SBX.dtype in _DTYPES and head_width % 2 == 0:
+    if qkv_SBX.device.type in _NATIVE_DEVICES and qkv_SBX.dtype in DTYPES and head_width % 2 == 0:
         angles = None if cos_sin is None else cos_sin.squeeze(3).contiguous()
         out_SBD, _ = torch.ops.megaeva.attention(qkv_SBX, angles, num_heads, causal)
         return out_SBD
@@ -61,7 +60,7 @@ def rotate(x_SBAK: Tensor, cos_sin: Tensor) -> Tensor:
 def _fake(qkv_SBX: Tensor, cos_sin: Tensor | None, num_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
     torch._check(qkv_SBX.dim() == 3, lambda: "qkv_SBX must be [length, batch, heads * 3 * head width]")
     length, batch, features = qkv_SBX.shape
-    wide = torch.promote_types(qkv_SBX.dtype, torch.float32)
+    wide = accumulate_dtype(qkv_SBX.dtype)
     return qkv_SBX.new_empty(length, batch, features // 3), qkv_SBX.new_empty(batch, num_heads, length, dtype=wide)
 
 
@@ -96,3 +95,4 @@ if _NATIVE_DEVICES:
     torch.library.register_fake("megaeva::attention", _fake)
     torch.library.register_fake("megaeva::attention_backward", _fake_backward)
     torch.library.register_autograd("megaeva::attention", _backward, setup_context=_setup_context)
+    differentiate_once("attention")

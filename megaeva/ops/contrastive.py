@@ -16,19 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megaeva.ops import native_devices
+from megaeva.ops import DTYPES, accumulate_dtype, native_devices
 
 _R = TypeVar("_R")
 
 TILE = 1024  # rows and columns of a tile of the reference
 
 _NATIVE_DEVICES = native_devices("infonce_forward")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over rows of `dtype` are kept in: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def infonce_forward(query_BE: Tensor, key_GE: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +103,7 @@ def sigmoid_backward(
 
 
 def _ops(rows_BE: Tensor) -> Any:
-    native = rows_BE.device.type in _NATIVE_DEVICES and rows_BE.dtype in _DTYPES
+    native = rows_BE.device.type in _NATIVE_DEVICES and rows_BE.dtype in DTYPES
     return torch.ops.megaeva if native else reference
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.ops import native_devices
+from megaeva.ops import DTYPES, accumulate_dtype, differentiate_once, native_devices
 
 _NATIVE_DEVICES = native_devices("layer_norm")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Tensor:
@@ -20,7 +19,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> T
     other summation order. The gradient is the exact derivative and is not scaled; it is defined once (no double
     backward).
     """
-    native = x.device.type in _NATIVE_DEVICES and x.dtype in _DTYPES
+    native = x.device.type in _NATIVE_DEVICES and x.dtype in DTYPES
     if native and weight_D.dtype == bias_D.dtype == x.dtype:
         y, _, _ = torch.ops.megaeva.layer_norm(x, weight_D, bias_D, epsilon)
         return y
@@ -33,7 +32,7 @@ def reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Te
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulate_dtype(x.dtype)
     rows = x.shape[:-1].numel()
     return x.new_empty(x.shape), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
 
@@ -61,3 +60,4 @@ if _NATIVE_DEVICES:
     torch.library.register_fake("megaeva::layer_norm", _fake)
     torch.library.register_fake("megaeva::layer_norm_backward", _fake_backward)
     torch.library.register_autograd("megaeva::layer_norm", _backward, setup_context=_setup_context)
+    differentiate_once("layer_norm")

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.ops import native_devices
+from megaeva.ops import DTYPES, accumulate_dtype, differentiate_once, native_devices
 
 EPSILON = 1e-12  # torch.nn.functional.normalize's
 _NATIVE_DEVICES = native_devices("normalize_pack")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def normalize_pack(image_BE: Tensor, text_BE: Tensor | None = None, *, epsilon: float = EPSILON) -> Tensor:
@@ -31,7 +30,7 @@ def normalize_pack(image_BE: Tensor, text_BE: Tensor | None = None, *, epsilon: 
     The gradient is the exact derivative and is not scaled; it is defined once (no double backward). Every rank
     works on its own rows: no communication. Source: the first lines of open_clip's and EVA-CLIP's forward.
     """
-    if image_BE.device.type in _NATIVE_DEVICES and image_BE.dtype in _DTYPES:
+    if image_BE.device.type in _NATIVE_DEVICES and image_BE.dtype in DTYPES:
         packed_2BE, _ = torch.ops.megaeva.normalize_pack(image_BE, text_BE, epsilon)
         return packed_2BE
     return reference(image_BE, text_BE, epsilon=epsilon)
@@ -39,7 +38,7 @@ def normalize_pack(image_BE: Tensor, text_BE: Tensor | None = None, *, epsilon: 
 
 def reference(image_BE: Tensor, text_BE: Tensor | None = None, *, epsilon: float = EPSILON) -> Tensor:
     """packed_2BE as `normalize_pack` defines it, in plain PyTorch."""
-    wide = torch.promote_types(image_BE.dtype, torch.float32)
+    wide = accumulate_dtype(image_BE.dtype)
     modalities = (image_BE,) if text_BE is None else (image_BE, text_BE)
     rows = [functional.normalize(x_BE.to(wide), dim=-1, eps=epsilon) for x_BE in modalities]
     return torch.cat(rows).to(image_BE.dtype)
@@ -49,7 +48,7 @@ def _fake(image_BE: Tensor, text_BE: Tensor | None, epsilon: float) -> tuple[Ten
     torch._check(image_BE.dim() == 2, lambda: "image_BE must be a matrix")
     num_samples, embed_dim = image_BE.shape
     num_rows = num_samples if text_BE is None else 2 * num_samples
-    wide = torch.promote_types(image_BE.dtype, torch.float32)
+    wide = accumulate_dtype(image_BE.dtype)
     return image_BE.new_empty(num_rows, embed_dim), image_BE.new_empty(num_rows, dtype=wide)
 
 
@@ -76,16 +75,8 @@ def _backward(ctx: Any, grad_packed: Tensor, _: Tensor | None) -> tuple[Tensor |
     return (grad_image_BE if image_wanted else None), (grad_text_BE if text_wanted else None), None
 
 
-def _second_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "normalize_pack is differentiated twice; its gradient is defined once; drop create_graph, or use "
-        "megaeva.ops.normalize_pack.reference"
-    )
-
-
 if _NATIVE_DEVICES:
     torch.library.register_fake("megaeva::normalize_pack", _fake)
     torch.library.register_fake("megaeva::normalize_pack_backward", _fake_backward)
     torch.library.register_autograd("megaeva::normalize_pack", _backward, setup_context=_setup_context)
-    # Without it a second derivative would be none, and no error.
-    torch.library.register_autograd("megaeva::normalize_pack_backward", _second_backward)
+    differentiate_once("normalize_pack")

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.ops import native_devices
+from megaeva.ops import DTYPES, differentiate_once, native_devices
 
 _NATIVE_DEVICES = native_devices("swiglu")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -19,7 +18,7 @@ def swiglu(x: Tensor) -> Tensor:
     (float64 for float64). The gradient is the exact derivative and is not scaled; it is defined once (no double
     backward). Source: Shazeer, GLU Variants Improve Transformer, equation 6, without biases.
     """
-    if x.device.type in _NATIVE_DEVICES and x.dtype in _DTYPES:
+    if x.device.type in _NATIVE_DEVICES and x.dtype in DTYPES:
         y: Tensor = torch.ops.megaeva.swiglu(x)
         return y
     return reference(x)
@@ -52,3 +51,4 @@ if _NATIVE_DEVICES:
     torch.library.register_fake("megaeva::swiglu", _fake)
     torch.library.register_fake("megaeva::swiglu_backward", _fake_backward)
     torch.library.register_autograd("megaeva::swiglu", _backward, setup_context=_setup_context)
+    differentiate_once("swiglu")

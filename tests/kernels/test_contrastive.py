@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from megaeva.ops import contrastive, native_devices
-from megaeva.ops.contrastive import accumulate_dtype, reference
+from megaeva.ops import accumulate_dtype, contrastive, native_devices
+from megaeva.ops.contrastive import reference
 
 pytestmark = pytest.mark.skipif("cpu" not in native_devices(), reason="the extension is not built")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

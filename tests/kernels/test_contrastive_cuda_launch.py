@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaeva.ops.contrastive import accumulate_dtype, reference
+from megaeva.ops import accumulate_dtype
+from megaeva.ops.contrastive import reference
 from tests.kernels import test_contrastive
 from tests.kernels.simt_build import CSRC, HERE
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaeva.ops.contrastive import accumulate_dtype
+from megaeva.ops import accumulate_dtype
 from tests.kernels import simt_build
 from tests.kernels.simt_build import CSRC, SEEDS, KernelFault, Kernels, compile_kernels
 
