@@ -93,7 +93,10 @@ class ModelSection(Section):
 class TeacherSection(Section):
     """The frozen CLIP whose vision tower is distilled."""
 
-    checkpoint: str = Field(description="run folder of a contrastive run (its newest checkpoint) or one checkpoint")
+    checkpoint: str = Field(
+        description="run folder of a contrastive run (its newest checkpoint), one checkpoint, or a file of any format "
+        "that `megaeva convert` reads"
+    )
 
 
 class LossSection(Section):
@@ -125,11 +128,18 @@ class MIMSection(Section):
 
 
 class InitSection(Section):
-    """Where weights come from: run folders. What is not named starts fresh."""
+    """Where weights come from: run folders, or files of any format that `megaeva convert` reads.
+
+    What is not named starts fresh.
+    """
 
     clip: str | None = None
     vision: str | None = None
     text: str | None = None
+    resize: Literal["upstream", "timm"] = Field(
+        "upstream",
+        description="positions and patch kernels of another size. upstream: bicubic as EVA-CLIP does; timm: antialiased",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -240,6 +250,7 @@ class SaveSection(Section):
     every_steps: int | None = None
     every_minutes: float | None = 30.0
     keep: int = Field(2, ge=1)
+    asynchronous: bool = Field(True, description="files are written while training goes on; costs a copy in memory")
 
 
 class ZeroShotSection(Section):

@@ -1,68 +1,89 @@
-"""Conversion as tables: each row says which of their tensors make one of ours, and how.
+"""Conversion as two-way tables: each row names tensors of ours and tensors of theirs that hold the same numbers.
 
-"Ours" is the state dict of a tower with tp=1 (`CLIPModel` prefixes "vision.", "text.", "scale."). A table is checked
-against what it is applied to: a tensor of theirs that no row takes, or of ours that no row makes, is an error.
+"Ours" are the keys of a run checkpoint: `vision.*`, `text.*`, `scale.*` of a CLIPModel, and `mask_token`, `lm_head.*`
+beside `vision.*` of a MIM student, whole (tp=1). A table is checked against what it is applied to, before a number is
+read: a tensor on either side that no row explains, or one of another shape, is an error that names it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megaeva.checkpoint.tensors import TensorInfo, TensorSource
 from megaeva.errors import CheckpointError
 
-Transform = Callable[..., Tensor]
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse. Both keep dtypes and every bit, and run on meta tensors too."""
+
+    to_ours: Callable[..., Tensors]
+    to_theirs: Callable[..., Tensors]
+
+
+def _unchanged(*tensors: Tensor) -> Tensors:
+    return tensors
+
+
+def _nothing(*_: Tensor) -> Tensors:
+    return ()
+
+
+def _transposed(tensor: Tensor) -> Tensors:
+    return (tensor.t().contiguous(),)
+
+
+SAME = Transform(_unchanged, _unchanged)
+TRANSPOSED = Transform(_transposed, _transposed)  # x @ W against a linear layer's weight
+CLS_TOKEN = Transform(lambda t: (t.view(1, 1, -1),), lambda t: (t.view(-1),))  # [D] and [1, 1, D]
+BATCH_DIM = Transform(lambda t: (t.unsqueeze(0),), lambda t: (t.squeeze(0),))  # [N+1, D] and [1, N+1, D]
+STACKED = Transform(lambda *t: (torch.cat(t),), lambda t: tuple(p.contiguous() for p in t.chunk(2)))  # w1, w2: [w1; w2]
+DROPPED = Transform(_nothing, _nothing)
+
+
+def interleaved(num_heads: int, num_theirs: int = 1) -> Transform:
+    """[q; k; v] as one tensor of theirs or three, and mcore's rows [q, k, v] of head 0, of head 1, ..."""
+
+    def to_ours(*tensors: Tensor) -> Tensors:
+        full = torch.cat(tensors)
+        width = full.shape[0] // (3 * num_heads)
+        return (full.view(3, num_heads, width, *full.shape[1:]).transpose(0, 1).reshape(full.shape),)
+
+    def to_theirs(tensor: Tensor) -> Tensors:
+        width = tensor.shape[0] // (3 * num_heads)
+        full = tensor.view(num_heads, 3, width, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        return (full,) if num_theirs == 1 else tuple(part.contiguous() for part in full.chunk(3))
+
+    return Transform(to_ours, to_theirs)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: `target` is made by `transform(*sources)`. `{i}` in the names stands for the layer's number."""
+    """One row. `{i}` in its names stands for a layer's number until `for_layers`.
 
-    target: str
-    sources: tuple[str, ...]
-    transform: Transform
+    Attributes:
+        ours, theirs: names; `transform.to_ours(*theirs)` gives ours, `transform.to_theirs(*ours)` gives theirs. Without
+            `ours` the row is about tensors that hold no weight: masks, angle tables. Its `to_ours` gives nothing, and
+            raises a CheckpointError if they contradict the model.
+        optional: an import goes on without `theirs`, and makes no `ours` then.
+        written: an export holds `theirs`.
+    """
 
-
-def same(tensor: Tensor) -> Tensor:
-    """Returns the tensor as it is."""
-    return tensor
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """Returns x @ W's W as a linear layer's weight."""
-    return tensor.t().contiguous()
-
-
-def as_cls_token(tensor: Tensor) -> Tensor:
-    """Returns a class embedding [D] as [1, 1, D]."""
-    return tensor.view(1, 1, -1)
-
-
-def with_batch_dim(tensor: Tensor) -> Tensor:
-    """Returns positions [N+1, D] as [1, N+1, D]."""
-    return tensor.unsqueeze(0)
-
-
-def stacked(*tensors: Tensor) -> Tensor:
-    """Returns [w1; w2], a gated weight or bias."""
-    return torch.cat(tensors)
-
-
-def interleaved(num_heads: int) -> Transform:
-    """Returns the transform from [q; k; v], one tensor or three, to mcore's rows [q, k, v] of head 0, of head 1, ..."""
-
-    def transform(*tensors: Tensor) -> Tensor:
-        full = torch.cat(tensors)
-        width = full.shape[0] // (3 * num_heads)
-        return full.view(3, num_heads, width, *full.shape[1:]).transpose(0, 1).reshape(full.shape)
-
-    return transform
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    transform: Transform = SAME
+    optional: bool = False
+    written: bool = True
 
 
 def copies(pairs: Iterable[tuple[str, str]]) -> list[Rule]:
     """Returns rows that only rename: (ours, theirs)."""
-    return [Rule(ours, (theirs,), same) for ours, theirs in pairs]
+    return [Rule((ours,), (theirs,)) for ours, theirs in pairs]
 
 
 def both(ours: str, theirs: str, has_bias: bool = True) -> list[Rule]:
@@ -70,10 +91,15 @@ def both(ours: str, theirs: str, has_bias: bool = True) -> list[Rule]:
     return copies((f"{ours}.{p}", f"{theirs}.{p}") for p in (("weight", "bias") if has_bias else ("weight",)))
 
 
+def dropped(*theirs: str) -> list[Rule]:
+    """Returns rows of tensors that an import may meet and ignores, and an export leaves out."""
+    return [Rule((), (name,), DROPPED, optional=True, written=False) for name in theirs]
+
+
 def for_layers(rules: Sequence[Rule], num_layers: int) -> list[Rule]:
     """Returns the rows of one layer for all layers."""
     return [
-        replace(rule, target=rule.target.format(i=i), sources=tuple(s.format(i=i) for s in rule.sources))
+        replace(rule, ours=tuple(n.format(i=i) for n in rule.ours), theirs=tuple(n.format(i=i) for n in rule.theirs))
         for i in range(num_layers)
         for rule in rules
     ]
@@ -82,50 +108,143 @@ def for_layers(rules: Sequence[Rule], num_layers: int) -> list[Rule]:
 def prefixed(rules: Sequence[Rule], ours: str, theirs: str) -> list[Rule]:
     """Returns the rows with a prefix before the names of either side."""
     return [
-        replace(rule, target=ours + rule.target, sources=tuple(theirs + source for source in rule.sources))
+        replace(rule, ours=tuple(ours + n for n in rule.ours), theirs=tuple(theirs + n for n in rule.theirs))
         for rule in rules
     ]
 
 
-def convert(
-    rules: Sequence[Rule],
-    state: Mapping[str, Tensor],
-    expected: Mapping[str, torch.Size],
-    *,
-    ignore: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Tensor]:
-    """Returns our state dict made from theirs.
+# ------------------------------------------------------------------------------------------------------ plan and apply
 
-    Args:
-        expected: names and full (tp=1) shapes of our parameters.
-        ignore: true of their names that hold no weight (masks, angle tables).
+
+def plan_export(rules: Sequence[Rule], ours: Mapping[str, TensorInfo], path: Path | str) -> dict[str, TensorInfo]:
+    """Returns what an export holds, in the order of the table; nothing is read.
 
     Raises:
-        CheckpointError: lists every tensor that is missing, left over, or of another shape.
+        CheckpointError: lists the tensors of ours (at `path`) that no row takes, and those that a row wants.
     """
     faults: list[str] = []
-    made: dict[str, Tensor] = {}
+    made: dict[str, TensorInfo] = {}
     used: set[str] = set()
     for rule in rules:
-        missing = [name for name in rule.sources if name not in state]
+        missing = [name for name in rule.ours if name not in ours]
+        if missing and not (rule.optional and len(missing) == len(rule.ours)):
+            faults.append(f"{', '.join(missing)}: missing, {', '.join(rule.theirs)} is made of it")
         if missing:
-            faults.append(f"missing {', '.join(missing)} for {rule.target}")
             continue
-        used.update(rule.sources)
-        made[rule.target] = rule.transform(*(state[name] for name in rule.sources))
-    faults += [
-        f"left over: {name} {tuple(state[name].shape)}" for name in state if name not in used and not ignore(name)
-    ]
-    faults += [f"nothing makes {name} {tuple(shape)}" for name, shape in expected.items() if name not in made]
-    for name, tensor in made.items():
-        if name not in expected:
-            faults.append(f"the model has no {name}")
-        elif tensor.shape != expected[name]:
-            faults.append(f"{name} comes out as {tuple(tensor.shape)} and must be {tuple(expected[name])}")
+        used.update(rule.ours)
+        if rule.written:
+            outs = rule.transform.to_theirs(*(ours[name].meta() for name in rule.ours))
+            made |= {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in zip(rule.theirs, outs, strict=True)}
+    faults += [f"{name}: the format has no place for it" for name in ours if name not in used]
     if faults:
-        shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise CheckpointError(
-            f"these weights do not fit this model, {len(faults)} differences:\n  {shown}\n"
-            "Every tensor must be explained on both sides; check that model.variant names the weights' own variant."
-        )
+        raise _not_explained(path, faults)
     return made
+
+
+def plan_import(
+    rules: Sequence[Rule], theirs: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], path: Path | str
+) -> dict[str, TensorInfo]:
+    """Returns what an import makes: our names with shapes and dtypes; nothing is read.
+
+    Args:
+        theirs: what the file at `path` holds.
+        shapes: our names and whole shapes, of the model that the file is taken for.
+
+    Raises:
+        CheckpointError: lists every tensor of theirs that is missing, left over, or of another shape than the model's.
+    """
+    expected = plan_export(rules, {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, path)
+    optional = {name for rule in rules if rule.optional for name in rule.theirs}
+    faults = [
+        f"{name}: missing, must be {list(info.shape)}"
+        for name, info in expected.items()
+        if name not in theirs and name not in optional
+    ]
+    faults += [
+        f"{name}: is {list(theirs[name].shape)}, must be {list(info.shape)}"
+        for name, info in expected.items()
+        if name in theirs and theirs[name].shape != info.shape
+    ]
+    explained = expected.keys() | optional
+    faults += [f"{name}: {list(info.shape)} is not explained" for name, info in theirs.items() if name not in explained]
+    if faults:
+        raise _not_explained(path, faults)
+    made: dict[str, TensorInfo] = {}
+    for rule in rules:
+        if rule.ours and all(name in theirs for name in rule.theirs):
+            outs = rule.transform.to_ours(*(theirs[name].meta() for name in rule.theirs))
+            made |= {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in zip(rule.ours, outs, strict=True)}
+    return made
+
+
+def _not_explained(path: Path | str, faults: Sequence[str]) -> CheckpointError:
+    shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
+    return CheckpointError(
+        f"{path} does not fit this model and format, {len(faults)} differences:\n  {shown}\n"
+        "Every tensor must be explained on both sides; check that the variant and the format are the file's own."
+    )
+
+
+class Imported:
+    """A source in their names as a source in ours, converted tensor by tensor as it is read (a `TensorSource`)."""
+
+    def __init__(self, source: TensorSource, rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Plans the import and checks the tensors that hold no weight.
+
+        Raises:
+            CheckpointError: as `plan_import`, or a table that contradicts the model.
+        """
+        self.path = source.path
+        self.infos: Mapping[str, TensorInfo] = plan_import(rules, source.infos, shapes, source.path)
+        self._source = source
+        self._rules = {name: rule for rule in rules for name in rule.ours}
+        for rule in rules:
+            if not rule.ours and all(name in source.infos for name in rule.theirs) and rule.transform is not DROPPED:
+                rule.transform.to_ours(*(source.read(name) for name in rule.theirs))
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource.read`."""
+        rule = self._rules[name]
+        made = rule.transform.to_ours(*(self._source.read(their_name) for their_name in rule.theirs))
+        return made[rule.ours.index(name)]
+
+    def close(self) -> None:
+        """See `TensorSource.close`."""
+        self._source.close()
+
+
+def exported(rules: Sequence[Rule], source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors made from a source in our names, in the order and number of `plan_export`."""
+    for rule in rules:
+        if rule.written and all(name in source.infos for name in rule.ours):
+            outs = rule.transform.to_theirs(*(source.read(name) for name in rule.ours))
+            yield from zip(rule.theirs, outs, strict=True)
+
+
+def convert_state(
+    rules: Sequence[Rule], state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Returns our tensors made from a state dict in memory: peers' modules in tests and benchmarks.
+
+    Raises:
+        CheckpointError: as `plan_import`.
+    """
+    source = Imported(StateSource(state), rules, shapes)
+    return {name: source.read(name) for name in source.infos}
+
+
+class StateSource:
+    """A state dict in memory as a `TensorSource`."""
+
+    path = Path("the state dict")
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource.read`."""
+        return self._state[name].detach().contiguous().clone()
+
+    def close(self) -> None:
+        """See `TensorSource.close`."""
