@@ -138,7 +138,7 @@ class InitSection(Section):
     text: str | None = None
     resize: Literal["upstream", "timm"] = Field(
         "upstream",
-        description="positions and patch kernels of another size. upstream: bicubic as EVA-CLIP does; timm: antialiased",
+        description="positions and patch kernels of another size; upstream: bicubic as EVA-CLIP; timm: antialiased",
     )
 
 
