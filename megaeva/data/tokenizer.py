@@ -34,7 +34,9 @@ _CACHE_WORDS = 1 << 17
 _CACHE_WORD_LENGTH = 64  # characters
 
 
-class _Vocabulary(NamedTuple):
+class Vocabulary(NamedTuple):
+    """CLIP's tokens and how they are merged."""
+
     tokens: list[str]  # by CLIP id: bytes, bytes</w>, merges in rank order, sot, eot
     merges: list[tuple[str, str]]  # merge of rank r makes token NUM_BYTE_TOKENS + r
 
@@ -68,13 +70,14 @@ _BYTE_TABLE = dict(enumerate(_byte_symbols()))
 
 
 @lru_cache(maxsize=1)
-def _clip_vocabulary() -> _Vocabulary:
+def clip_vocabulary() -> Vocabulary:
+    """The whole vocabulary; UserError where open_clip_torch, which ships it, is not installed."""
     lines = gzip.decompress(clip_vocabulary_path().read_bytes()).decode("utf-8").split("\n")
     pairs = [line.split() for line in lines[1 : 1 + _NUM_MERGES]]  # the first line is a version
     merges = [(left, right) for left, right in pairs]
     symbols = sorted(_byte_symbols())  # printable bytes first, then the 256+ stand-ins: code point order
     tokens = symbols + [s + _END_OF_WORD for s in symbols] + [left + right for left, right in merges]
-    return _Vocabulary(tokens + list(_SPECIAL_TOKENS), merges)
+    return Vocabulary(tokens + list(_SPECIAL_TOKENS), merges)
 
 
 def clean(text: str) -> str:
@@ -107,7 +110,7 @@ class Tokenizer:
         """
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for start and end of text")
-        full = _clip_vocabulary()
+        full = clip_vocabulary()
         clip_ids = list(range(len(full.tokens))) if subset is None else _read_subset(Path(subset), len(full.tokens))
         self.context_length = context_length
         self.vocab_size = len(clip_ids)
@@ -152,7 +155,7 @@ def build_subset(captions: Iterable[str]) -> dict[str, object]:
     then cut exactly as by the full vocabulary: at each step the merge of lowest rank is one that was kept. Any other
     text can still be encoded, in smaller pieces. Ids are renumbered in ascending CLIP id, so eot stays the largest.
     """
-    full = _clip_vocabulary()
+    full = clip_vocabulary()
     tokenizer = Tokenizer()
     clip_id = {token: i for i, token in enumerate(full.tokens)}
     kept = set(range(NUM_BYTE_TOKENS)) | {tokenizer.sot_id, tokenizer.eot_id}

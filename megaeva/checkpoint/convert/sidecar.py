@@ -32,7 +32,10 @@ TIMM_TOWERS: dict[str, VisionSection] = {
         ("eva02_enormous_patch14_clip_224", "EVA02-CLIP-bigE-14"),
     )
 }
-"""The towers that timm registers: all that open_clip can name, and what a timm configuration starts from."""
+"""The EVA-CLIP towers that timm registers: what a timm configuration starts from."""
+
+_OPEN_CLIP_TOWERS = {"eva_giant_patch14_224": TIMM_TOWERS["eva_giant_patch14_clip_224"]} | TIMM_TOWERS
+"""Those that open_clip can name, its own choices first; it has them pool the cls token under either name."""
 
 NO_TEXT = TextSection(hidden_size=64, num_layers=1, num_heads=1, ffn_hidden_size=256)
 """Stands in `Contents.model.text` of a vision tower alone."""
@@ -207,7 +210,7 @@ def open_clip_config(what: Contents) -> dict[str, Any]:
             vision_cfg["norm_kwargs"] = {"eps": vision.norm_epsilon}
     else:
         vision_cfg |= {
-            "timm_model_name": next(name for name, tower in TIMM_TOWERS.items() if same_tower(vision, tower)),
+            "timm_model_name": next(name for name, tower in _OPEN_CLIP_TOWERS.items() if same_tower(vision, tower)),
             "timm_model_pretrained": False,
             "timm_pool": "token",
             "timm_proj": None,
@@ -316,12 +319,11 @@ def _open_clip_vision(vision: Keys, activation: str) -> dict[str, Any]:
     )  # fmt: skip
     name = vision.take("timm_model_name")
     if name is not None:
-        if name not in TIMM_TOWERS:
-            raise vision.fault("timm_model_name", name, "one of " + ", ".join(TIMM_TOWERS))
-        tower = TIMM_TOWERS[name]
+        if name not in _OPEN_CLIP_TOWERS:
+            raise vision.fault("timm_model_name", name, "one of " + ", ".join(_OPEN_CLIP_TOWERS))
+        tower = _OPEN_CLIP_TOWERS[name]
         vision.one_of("timm_proj", {"": None}, "")
-        if vision.size("image_size", tower.image_size) != tower.image_size:
-            raise vision.fault("image_size", "another", f"{tower.image_size}, with which timm builds {name}")
+        vision.one_of("image_size", {tower.image_size: None}, tower.image_size)
         vision.end({"timm_pool": "token"}, ignored)
         return tower.model_dump()
     width = vision.size("width", 768)
