@@ -27,6 +27,7 @@ class Format:
         refusal: why a model cannot be written in this format (a norm it does not know), or None.
         open_sink: (destination, what, tensors to come, bytes of a shard) -> writer of tensors and configuration.
         implied: keys of `ModelSection` that the format itself decides, {"vision.activation": "quick_gelu"}.
+        notes: what the report of an export must say: tokens never trained, preprocessing that the format cannot hold.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Format:
     read_config: Callable[[Path], Contents | None] = lambda path: None
     refusal: Callable[[Contents], str | None] = lambda contents: None
     implied: Mapping[str, Any] = field(default_factory=dict)
+    notes: Callable[[Contents], list[str]] = lambda contents: []
 
 
 def formats() -> Sequence[Format]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.hf_config import (
+    UNCONFIRMED,
     hf_clip_refusal,
     hf_eva_refusal,
     read_hf_clip_config,
@@ -35,7 +36,7 @@ from megaeva.checkpoint.convert.rules import (
     interleaved,
     prefixed,
 )
-from megaeva.checkpoint.convert.vocabulary import embedding_rows
+from megaeva.checkpoint.convert.vocabulary import embedding_rows, vocabulary_notes
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink
 from megaeva.config.schema import VisionSection
 from megaeva.errors import CheckpointError
@@ -155,6 +156,10 @@ def _open_eva_sink(folder: Path, what: Contents, infos: Mapping[str, TensorInfo]
     return SafetensorsSink(folder, infos, shard_bytes, beside=partial(write_hf_eva_folder, what=what, infos=infos))
 
 
+def _eva_notes(what: Contents) -> list[str]:
+    return [*vocabulary_notes(what), f"config.json: {UNCONFIRMED}"]
+
+
 HF_CLIP = Format(
     name="hf-clip",
     title="Hugging Face CLIPModel: a folder that CLIPModel.from_pretrained loads",
@@ -164,6 +169,7 @@ HF_CLIP = Format(
     open_sink=_open_clip_sink,
     read_config=read_hf_clip_config,
     refusal=hf_clip_refusal,
+    notes=vocabulary_notes,
 )
 
 HF_EVA = Format(
@@ -175,4 +181,5 @@ HF_EVA = Format(
     open_sink=_open_eva_sink,
     read_config=read_hf_eva_config,
     refusal=hf_eva_refusal,
+    notes=_eva_notes,
 )

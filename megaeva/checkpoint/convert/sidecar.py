@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
-from megaeva.checkpoint.convert.vocabulary import exported_text
+from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_notes
 from megaeva.config.schema import LogitScaleSection, ModelSection, TextSection, VisionSection
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import CheckpointError
@@ -189,6 +189,17 @@ def open_clip_refusal(what: Contents) -> str | None:
         ),
         None,
     )
+
+
+def open_clip_notes(what: Contents) -> list[str]:
+    """Returns what the report of an export must say: see `Format.notes`."""
+    share = what.preprocess.crop_share
+    if share == 1.0:
+        return vocabulary_notes(what)
+    return [
+        *vocabulary_notes(what),
+        f"preprocessing: open_clip shows all of the shortest edge, this model was measured on the centre's {share:.4g}",
+    ]
 
 
 def open_clip_config(what: Contents) -> dict[str, Any]:

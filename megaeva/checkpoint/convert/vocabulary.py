@@ -39,11 +39,11 @@ def exported_text(what: Contents) -> TextSection:
     return what.model.text.model_copy(update={"vocab_size": CLIP_VOCABULARY})
 
 
-def vocabulary_note(what: Contents) -> str | None:
-    """Returns what the report of an export says about tokens that training never saw; None where there are none."""
+def vocabulary_notes(what: Contents) -> list[str]:
+    """Returns what the report of an export says about tokens that training never saw."""
     if what.clip_ids is None:
-        return None
-    return (
+        return []
+    return [
         f"vocabulary: {len(what.clip_ids):,} of CLIP's {CLIP_VOCABULARY:,} tokens were trained; "
-        f"the other rows of the token embedding are zeros"
-    )
+        "the other rows of the token embedding are zeros"
+    ]
