@@ -108,7 +108,7 @@ def test_an_open_clip_config_that_is_not_ours(where: str, value: Any, message: s
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_damaged_config(text: str, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="must be .*JSON"):
+    with pytest.raises(CheckpointError, match=r"must be .*JSON"):
         sidecar.read_open_clip_config(tmp_path)
     assert sidecar.read_open_clip_config(tmp_path / "elsewhere" / "weights.pt") is None
 
