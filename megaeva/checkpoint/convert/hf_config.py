@@ -192,7 +192,7 @@ def hf_eva_refusal(what: Contents) -> str | None:
 def hf_eva_config(what: Contents, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """Returns the content of config.json, see `UNCONFIRMED`."""
     vision = what.model.vision
-    flags = {
+    flags: dict[str, Any] = {
         "q_bias": vision.qkv_bias != "none",
         "k_bias": vision.qkv_bias == "qkv",
         "v_bias": vision.qkv_bias != "none",
