@@ -118,10 +118,10 @@ def differing_keys(saved: Any, wanted: Any, path: str) -> list[str]:
     return [] if saved == wanted else [f"{path}: checkpoint {saved!r}, recipe {wanted!r}"]
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file and force it to the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a small file and force it to the disk."""
+    with path.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
 
