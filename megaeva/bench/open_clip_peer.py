@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaeva.checkpoint.convert.open_clip import from_open_clip
+from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.open_clip import OPEN_CLIP
+from megaeva.checkpoint.convert.rules import convert_state
 from megaeva.config.schema import Config, ModelSection, OptimSection
 from megaeva.data.batch import Batch
 from megaeva.model.clip_model import build_clip
@@ -58,4 +60,6 @@ def converted_weights(model: torch.nn.Module, cfg: ModelSection) -> dict[str, Te
     """Returns open_clip's weights under the names and in the shapes of a CLIPModel of one rank."""
     grid = grid_of_one()
     ours = build_clip(cfg, vision_grid=grid, text_grid=grid, device="meta")
-    return from_open_clip(model.state_dict(), cfg, {name: p.shape for name, p in ours.named_parameters()})
+    state = model.state_dict()
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    return convert_state(OPEN_CLIP.rules(Contents("clip", cfg), state), state, shapes)

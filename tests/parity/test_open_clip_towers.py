@@ -8,8 +8,11 @@ import timm.models.eva
 import torch
 from torch import nn
 
-from megaeva.checkpoint.convert.open_clip import from_open_clip
-from megaeva.checkpoint.convert.timm import from_timm
+from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.format import Format
+from megaeva.checkpoint.convert.open_clip import OPEN_CLIP
+from megaeva.checkpoint.convert.rules import convert_state
+from megaeva.checkpoint.convert.timm import TIMM
 from megaeva.config.schema import ModelSection
 from megaeva.errors import CheckpointError
 from megaeva.model import CLIPModel, VisionTower, build_clip
@@ -63,11 +66,28 @@ def _timm_trunk(cfg: ModelSection) -> Any:
     return trunk.eval()
 
 
+def _converted(
+    layout: Format, what: Contents, state: dict[str, torch.Tensor], shapes: dict[str, torch.Size]
+) -> dict[str, torch.Tensor]:
+    rules = layout.rules(what, state)
+    return convert_state(rules, state, {name: tuple(shape) for name, shape in shapes.items()})
+
+
 def _our_model(cfg: ModelSection, state: dict[str, torch.Tensor]) -> CLIPModel:
     grid = single_grid()
     model = build_clip(cfg, vision_grid=grid, text_grid=grid)
-    load_full(model, from_open_clip(state, cfg, full_shapes(model)), grid)
+    load_full(model, _converted(OPEN_CLIP, Contents("clip", cfg), state, full_shapes(model)), grid)
     return model.eval()
+
+
+def _our_tower(cfg: ModelSection, state: dict[str, torch.Tensor]) -> VisionTower:
+    """From timm's names."""
+    grid = single_grid()
+    tower = VisionTower(cfg.vision, cfg.embed_dim, grid=grid)
+    shapes = {f"vision.{name}": shape for name, shape in full_shapes(tower).items()}
+    made = _converted(TIMM, Contents("vision", cfg), state, shapes)
+    load_full(tower, {name.removeprefix("vision."): tensor for name, tensor in made.items()}, grid)
+    return tower
 
 
 @pytest.mark.parametrize(
@@ -94,7 +114,7 @@ def test_a_siglip_brings_its_bias() -> None:
     state = _open_clip_model(cfg).state_dict()
     ours = _our_model(cfg, state | {"logit_bias": torch.tensor(-7.5)})
     assert ours.scale.logit_bias is not None and ours.scale.logit_bias.item() == -7.5
-    with pytest.raises(CheckpointError, match=r"nothing makes scale\.logit_bias"):
+    with pytest.raises(CheckpointError, match=r"logit_bias: missing, must be \[\]"):
         _our_model(cfg, state)
 
 
@@ -127,9 +147,7 @@ def test_timm_trunks(variant: str) -> None:
 def test_from_timm_alone() -> None:
     cfg = tiny("EVA02-CLIP-L-14")
     trunk = _timm_trunk(cfg)
-    grid = single_grid()
-    tower = VisionTower(cfg.vision, cfg.embed_dim, grid=grid)
-    load_full(tower, from_timm(trunk.state_dict(), cfg.vision, full_shapes(tower)), grid)
+    tower = _our_tower(cfg, trunk.state_dict())
     image = example_images(cfg)
     assert (tower(image) - trunk(image)).abs().max() < TOLERANCE
 
@@ -138,9 +156,7 @@ def test_patch_dropout_gathers_rotary_angles() -> None:
     """Dropping patches = timm's forward on the kept tokens with their own angles."""
     cfg = tiny("EVA02-CLIP-L-14")
     trunk = _timm_trunk(cfg)
-    grid = single_grid()
-    tower = VisionTower(cfg.vision, cfg.embed_dim, grid=grid)
-    load_full(tower, from_timm(trunk.state_dict(), cfg.vision, full_shapes(tower)), grid)
+    tower = _our_tower(cfg, trunk.state_dict())
     image = example_images(cfg)
     keep_BK = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7] for i in range(3)])
     with torch.no_grad():
@@ -160,12 +176,15 @@ def test_an_unexplained_tensor_is_an_error() -> None:
     cfg = tiny("ViT-H-14")
     state = _open_clip_model(cfg).state_dict()
     grid = single_grid()
-    expected = full_shapes(build_clip(cfg, vision_grid=grid, text_grid=grid))
-    with pytest.raises(CheckpointError, match=r"left over: visual\.surprise"):
-        from_open_clip(state | {"visual.surprise": torch.zeros(2)}, cfg, expected)
-    with pytest.raises(CheckpointError, match=r"missing ln_final\.weight for text\.norm\.weight"):
-        from_open_clip({k: v for k, v in state.items() if k != "ln_final.weight"}, cfg, expected)
-    with pytest.raises(CheckpointError, match=r"nothing makes vision\.surprise"):
-        from_open_clip(state, cfg, expected | {"vision.surprise": torch.Size([1])})
-    with pytest.raises(CheckpointError, match=r"pos_embed comes out as"):
-        from_open_clip(state, cfg, expected | {"vision.pos_embed": torch.Size([1, 5, 32])})
+    shapes = full_shapes(build_clip(cfg, vision_grid=grid, text_grid=grid))
+
+    def refused(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size], match: str) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            _converted(OPEN_CLIP, Contents("clip", cfg), state, shapes)
+
+    refused(state | {"visual.surprise": torch.zeros(2)}, shapes, r"visual\.surprise: \[2\] is not explained")
+    without = {name: tensor for name, tensor in state.items() if name != "ln_final.weight"}
+    refused(without, shapes, r"ln_final\.weight: missing, must be \[48\]")
+    refused(state, shapes | {"vision.surprise": torch.Size([1])}, r"vision\.surprise: the format has no place for it")
+    other = shapes | {"vision.pos_embed": torch.Size([1, 5, 32])}
+    refused(state, other, r"visual\.positional_embedding: is \[17, 32\], must be \[5, 32\]")

@@ -1,21 +1,28 @@
-"""timm's `Eva` (EVA-01, EVA-02; also the trunk of open_clip's EVA models) to our vision tower."""
+"""timm's `Eva` (EVA-01, EVA-02; also the trunk of open_clip's EVA models): a vision tower with its head.
 
-from collections.abc import Mapping
+Source: timm 1.0.31 models/eva.py, facts.md 2c.
+"""
 
-import torch
-from torch import Tensor
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
 
-from megaeva.checkpoint.convert.rules import Rule, both, convert, copies, for_layers, interleaved, stacked
+from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.format import Format
+from megaeva.checkpoint.convert.io import SafetensorsSink
+from megaeva.checkpoint.convert.rules import STACKED, Rule, both, copies, for_layers, interleaved, prefixed
+from megaeva.checkpoint.convert.sidecar import read_timm_config, timm_refusal, write_timm_config
+from megaeva.checkpoint.tensors import TensorInfo, TensorSink
 from megaeva.config.schema import VisionSection
+
+ONE_FILE = 2**63 - 1
+"""Bytes of a shard for readers that take a single file only: timm and open_clip from a folder."""
 
 
 def vision_rules(cfg: VisionSection) -> list[Rule]:
-    """Returns the table for a tower of `cfg` with head. Source: timm/models/eva.py, facts.md 2c."""
+    """Returns the table of a tower with head, names without "vision."."""
     has_norm_bias = cfg.norm == "layernorm"
-    post = cfg.norm_position == "post"
-    first, second = (
-        ("post_attention_layernorm", "post_mlp_layernorm") if post else ("input_layernorm", "pre_mlp_layernorm")
-    )
+    first, second = layer_norms(cfg)
     ours, theirs = "blocks.layers.{i}.", "blocks.{i}."
     attention = ours + "self_attention."
     # timm keeps q, k and v apart in the models with sub-LN and fuses them in the others.
@@ -24,20 +31,24 @@ def vision_rules(cfg: VisionSection) -> list[Rule]:
     layer = [
         *both(ours + first, theirs + "norm1", has_norm_bias),
         *both(ours + second, theirs + "norm2", has_norm_bias),
-        Rule(attention + "linear_qkv.weight", tuple(theirs + n for n in names), interleaved(cfg.num_heads)),
+        Rule(
+            (attention + "linear_qkv.weight",),
+            tuple(theirs + name for name in names),
+            interleaved(cfg.num_heads, len(names)),
+        ),
         *both(attention + "linear_proj", theirs + "attn.proj"),
         *both(ours + "mlp.linear_fc2", theirs + "mlp.fc2"),
     ]
     if cfg.qkv_bias == "qv":
-        sources = ("attn.q_proj.bias", "attn.v_proj.bias") if apart else ("attn.q_bias", "attn.v_bias")
-        layer += copies(zip((attention + "q_bias", attention + "v_bias"), (theirs + s for s in sources)))
+        biases = ("attn.q_proj.bias", "attn.v_proj.bias") if apart else ("attn.q_bias", "attn.v_bias")
+        layer += copies(zip((attention + "q_bias", attention + "v_bias"), (theirs + name for name in biases)))
     if cfg.sub_ln_attention:
         layer += both(attention + "inner_norm", theirs + "attn.norm", has_norm_bias)
     if cfg.sub_ln_mlp:
         layer += both(ours + "mlp.inner_norm", theirs + "mlp.norm", has_norm_bias)
     if cfg.activation == "swiglu":
         layer += [
-            Rule(f"{ours}mlp.linear_fc1.{p}", (f"{theirs}mlp.fc1_g.{p}", f"{theirs}mlp.fc1_x.{p}"), stacked)
+            Rule((f"{ours}mlp.linear_fc1.{p}",), (f"{theirs}mlp.fc1_g.{p}", f"{theirs}mlp.fc1_x.{p}"), STACKED)
             for p in ("weight", "bias")
         ]
     else:
@@ -51,13 +62,33 @@ def vision_rules(cfg: VisionSection) -> list[Rule]:
     ]
 
 
-def from_timm(state: Mapping[str, Tensor], cfg: VisionSection, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Returns a VisionTower's tp=1 state dict from timm's.
+def layer_norms(cfg: VisionSection) -> tuple[str, str]:
+    """Returns our names of a layer's norms that EVA calls norm1 and norm2 wherever they stand."""
+    if cfg.norm_position == "post":
+        return "post_attention_layernorm", "post_mlp_layernorm"
+    return "input_layernorm", "pre_mlp_layernorm"
 
-    Args:
-        expected: names and shapes of the tower's parameters.
 
-    Raises:
-        CheckpointError: a tensor unexplained on either side.
-    """
-    return convert(vision_rules(cfg), state, expected)
+def _rules(what: Contents, names: Collection[str] | None) -> list[Rule]:
+    return prefixed(vision_rules(what.model.vision), "vision.", "")
+
+
+def _recognises(names: Collection[str]) -> bool:
+    # A MIM student has the same blocks; it has no head.
+    return "head.weight" in names and any(name.startswith("blocks.") for name in names)
+
+
+def _open_sink(folder: Path, what: Contents, infos: Mapping[str, TensorInfo], shard_bytes: int) -> TensorSink:
+    return SafetensorsSink(folder, infos, ONE_FILE, beside=partial(write_timm_config, what=what))
+
+
+TIMM = Format(
+    name="timm",
+    title='timm Eva, the vision tower alone: a folder for timm.create_model("local-dir:FOLDER", pretrained=True)',
+    kinds=("vision",),
+    recognises=_recognises,
+    rules=_rules,
+    open_sink=_open_sink,
+    read_config=read_timm_config,
+    refusal=timm_refusal,
+)
