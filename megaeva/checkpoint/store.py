@@ -41,13 +41,12 @@ class LoadedState:
 
     Attributes:
         step: finished optimizer steps; the next one has this number.
-        loader_state: what this data block passed to `save`; None when the number of blocks has changed, as one
-            block's place in its stream means nothing in another split: the run must then say how it goes on.
+        loader_states: what every data block passed to `save`, in their order; there may be another number now.
         extra: what was passed to `save`.
     """
 
     step: int
-    loader_state: dict[str, Any] | None
+    loader_states: list[dict[str, Any]]
     extra: dict[str, Any]
 
 
@@ -140,14 +139,12 @@ class CheckpointStore:
         optimizer: Optimizer,
         *,
         config: Config,
-        data_grid: Grid,
     ) -> LoadedState:
         """Read a checkpoint of this model into towers and optimizer, exactly. All ranks call it.
 
         Args:
             path: from `newest()`.
             config: its task and model must be the checkpoint's.
-            data_grid: as in `save`; this rank's data block gets its loader state back if there are as many blocks.
 
         Raises:
             CheckpointError: another task or model (before any tensor is read), or a damaged checkpoint.
@@ -164,9 +161,7 @@ class CheckpointStore:
         for tower in towers:
             assign(model_keys[tower.name], loaded[tower.name])
         optimizer.load_state_dict(loaded.get("optimizer", {}), info["optimizer_steps"])
-        states = info["loader"]
-        same_split = len(states) == data_grid.dp_size
-        return LoadedState(info["step"], states[data_grid.dp_rank] if same_split else None, info["extra"])
+        return LoadedState(info["step"], info["loader"], info["extra"])
 
     def _drop_old(self) -> None:
         for path in layout.complete_checkpoints(self.folder)[: -self.keep]:

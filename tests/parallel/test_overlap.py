@@ -95,7 +95,7 @@ def train(runtime: Runtime, axes: Axes, folder: Path | None, **switches: Any) ->
         store = CheckpointStore(folder, 1)
         newest = store.newest()
         assert newest is not None
-        store.load(newest, plain, plain_optimizer, config=plain_cfg, data_grid=towers[2].grid)
+        store.load(newest, plain, plain_optimizer, config=plain_cfg)
         assert all(torch.equal(t, whole[n]) for n, t in whole_weights(plain).items())
         for tower in plain:
             state = plain_optimizer.optimizers[tower.name].optimizer.state

@@ -51,8 +51,7 @@ class Run:
         )
 
     def load(self, path: Path, config: Config | None = None) -> LoadedState:
-        grid = self.towers[2].grid
-        return self.store.load(path, self.towers, self.optimizer, config=config or self.cfg, data_grid=grid)
+        return self.store.load(path, self.towers, self.optimizer, config=config or self.cfg)
 
     def vision(self) -> dict[str, tuple[nn.Module, Grid]]:
         """As `load_weights` takes it."""
@@ -87,7 +86,7 @@ def test_a_resumed_run_continues_bit_for_bit(runtime: Runtime, tmp_path: Path, o
 
     resumed = Run(runtime, tmp_path, seed=1, clip_grad_norm=0.5, **optim)
     assert not equal(resumed.tensors(), at_save)
-    assert resumed.load(path) == LoadedState(step=2, loader_state={"at": 2}, extra={"a": 1})
+    assert resumed.load(path) == LoadedState(step=2, loader_states=[{"at": 2}], extra={"a": 1})
     assert equal(resumed.tensors(), at_save)
     resumed.train(2, 5)
     assert equal(resumed.tensors(), run.tensors())
