@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from megaeva.checkpoint.layout import read_info
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.config import dump
 from megaeva.config.schema import Config
@@ -54,7 +53,7 @@ class Trainer:
         self.task = build_task(cfg, runtime)
         grid = self.task.grid
         with together("opening the data"):
-            data_report = preflight(cfg, grid.dp_size) if runtime.is_main else ""
+            data_report = preflight(cfg, None if newest else grid.dp_size) if runtime.is_main else ""
             self.loader = Loader(
                 cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
             )
@@ -210,18 +209,8 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
-        grid = self.task.grid
-        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg, data_grid=grid)
-        if state.loader_state is None:
-            blocks = len(read_info(checkpoint)["loader"])
-            processes = "1 process" if blocks * grid.tp_size == 1 else f"{blocks * grid.tp_size} processes"
-            raise CheckpointError(
-                f"{checkpoint} deals the data to another number of data blocks (ranks that read the same samples): "
-                f"{blocks} then, {grid.dp_size} now. There must be as many, as each goes on at its own place. Resume "
-                f"with {processes} on these axes, choose axes that make {blocks}, or start a new run_dir from its "
-                f"weights with init.clip={checkpoint} (init.vision in task=mim)."
-            )
-        self.loader.load_state_dict(state.loader_state)
+        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
+        self.loader.load_state_dicts(state.loader_states)
         return state.step
 
     def _save_is_due(self) -> bool:

@@ -16,7 +16,7 @@ from megaeva.data.batch import Batch
 from megaeva.data.decode import Decoder, EncodedImage
 from megaeva.data.decode_pillow import BrokenImage, open_image
 from megaeva.data.masking import block_mask, keep_indices
-from megaeva.data.shards import Cursor, RawSample, SampleStream, sample_rng
+from megaeva.data.shards import Cursor, RawSample, SampleStream, ShardReader, sample_rng
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.data.transforms import Crop, train_crop
 from megaeva.errors import DataError
@@ -84,7 +84,7 @@ class CaptionTokens:
 
 
 class DropCount:
-    """What was seen and dropped by one worker, and the rule that stops a run with too many broken samples."""
+    """What was seen and dropped of one stream, and the rule that stops a run with too many broken samples."""
 
     def __init__(self, max_share: float, state: dict[str, Any] | None = None) -> None:
         self._max_share = max_share
@@ -134,73 +134,102 @@ class _Ready(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a builder needs to know; picklable."""
+    """Which samples a data block gets; picklable.
+
+    The streams belong to the run, whatever the number of blocks that read them: `rows` x `turns` of them, fixed when it
+    starts. Step k takes the samples of turn k % turns, as many of each row; in the order of the rows they are the
+    global batch, of which block b of N takes the b-th of N equal parts.
+    """
 
     cfg: Config
     shards: tuple[Path, ...]
     data_rank: int
     data_size: int
     num_patches: int
-    num_workers: int  # streams of this data rank
+    rows: int  # data blocks at the start of the run
+    turns: int  # max(1, data.num_workers) then
 
     @property
-    def batch_size(self) -> int:
-        """Samples of this data rank in a step."""
-        return self.cfg.train.global_batch_size // self.data_size
+    def row_size(self) -> int:
+        """Samples of a row in a step."""
+        return self.cfg.train.global_batch_size // self.rows
+
+    @property
+    def own(self) -> range:
+        """Places in the global batch that this block gets."""
+        size = self.cfg.train.global_batch_size // self.data_size
+        return range(self.data_rank * size, (self.data_rank + 1) * size)
+
+    @property
+    def own_rows(self) -> range:
+        """Rows that they are in; the first and the last may be shared with other blocks."""
+        return range(self.own.start // self.row_size, -(-self.own.stop // self.row_size))
+
+    @property
+    def num_decoded(self) -> int:
+        """Images that this block decodes in a step."""
+        return len(self.own_rows) * self.row_size
+
+    @property
+    def kept(self) -> slice:
+        """Of the samples of `own_rows` in a step, those of this block."""
+        before = self.own_rows.start * self.row_size
+        return slice(self.own.start - before, self.own.stop - before)
+
+    @property
+    def counted_rows(self) -> range:
+        """Rows whose streams this block answers for: of the blocks that share a row, the first does."""
+        return range(-(-self.own.start // self.row_size), self.own_rows.stop)
 
 
-class BatchBuilder:
-    """Batches of one stream: worker `worker` of data rank `spec.data_rank`."""
+class Tools(NamedTuple):
+    """What the streams of one process share."""
 
-    def __init__(self, spec: Spec, worker: int, decoder: Decoder, state: dict[str, Any] | None = None) -> None:
-        cfg = spec.cfg
-        self._spec, self._decoder = spec, decoder
-        self._stream = SampleStream(
+    decoder: Decoder
+    reader: ShardReader
+    tokens: CaptionTokens | None
+
+
+def make_tools(spec: Spec, decoder: Decoder, num_processes: int) -> Tools:
+    """`num_processes`: of this data block; they share MAX_CACHED_BYTES."""
+    cfg = spec.cfg
+    tokens = None
+    if cfg.task == "contrastive":
+        subset = cfg.data.tokenizer_subset
+        tokens = CaptionTokens(Tokenizer(cfg.model.text.context_length, None if subset is None else Path(subset)))
+    return Tools(decoder, ShardReader(spec.shards, MAX_CACHED_BYTES // num_processes), tokens)
+
+
+class _Stream:
+    """The usable samples of one stream, and the count of the others."""
+
+    def __init__(self, spec: Spec, tools: Tools, row: int, turn: int, state: dict[str, Any] | None) -> None:
+        self._cfg, self._needs_caption = spec.cfg, tools.tokens is not None
+        self._samples = SampleStream(
             spec.shards,
-            seed=cfg.seed,
-            worker=spec.data_rank * spec.num_workers + worker,
-            num_workers=spec.data_size * spec.num_workers,
-            shuffle_buffer=cfg.data.shuffle_buffer,
+            seed=spec.cfg.seed,
+            worker=row * spec.turns + turn,
+            num_workers=spec.rows * spec.turns,
+            shuffle_buffer=spec.cfg.data.shuffle_buffer,
             cursor=Cursor(**state["cursor"]) if state else Cursor(),
-            max_cached_bytes=MAX_CACHED_BYTES // spec.num_workers,
+            reader=tools.reader,
         )
-        self.drops = DropCount(cfg.data.max_dropped_share, state)
+        self.drops = DropCount(spec.cfg.data.max_dropped_share, state)
         self._epoch: int = state["epoch"] if state else 0
-        self._grid = round(spec.num_patches**0.5)
-        self._tokens: CaptionTokens | None = None
-        if cfg.task == "contrastive":
-            subset = cfg.data.tokenizer_subset
-            self._tokens = CaptionTokens(
-                Tokenizer(cfg.model.text.context_length, None if subset is None else Path(subset))
-            )
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch, JSON-able; give it to a new builder."""
-        return {"cursor": self._stream.cursor.as_dict(), "epoch": self._epoch, **self.drops.as_dict()}
+        """The position, JSON-able."""
+        return {"cursor": self._samples.cursor.as_dict(), "epoch": self._epoch, **self.drops.as_dict()}
 
-    def build(self) -> Batch:
-        """The next batch; a broken sample is replaced by the next one of the stream.
+    def next_ready(self) -> _Ready:
+        """The next sample whose caption and header are good.
 
         Raises:
             DataError: too many are broken, or a shard cannot be read.
         """
-        good: list[_Ready] = []
-        images: list[Tensor] = []
-        while len(good) < self._spec.batch_size:
-            waiting = [self._next_ready() for _ in range(self._spec.batch_size - len(good))]
-            decoded = self._decoder.decode([r.image for r in waiting], [r.crop for r in waiting])
-            images.append(decoded.image_BCHW)
-            for place, ready in enumerate(waiting):
-                if place in decoded.broken:
-                    self.drops.drop(ready.sample.name, decoded.broken[place])
-                else:
-                    good.append(ready)
-        return self._collate(images[0] if len(images) == 1 else torch.cat(images), good)
-
-    def _next_ready(self) -> _Ready:
-        cfg = self._spec.cfg
+        cfg = self._cfg
         while True:
-            epoch, sample = next(self._stream)
+            epoch, sample = next(self._samples)
             if epoch != self._epoch:
                 self.drops.check()
                 self._epoch = epoch
@@ -210,7 +239,7 @@ class BatchBuilder:
                     raise BrokenImage(sample.problem)
                 if sample.image is None:
                     raise BrokenImage("missing_image")
-                caption = read_caption(sample) if self._tokens is not None else None
+                caption = read_caption(sample) if self._needs_caption else None
                 image = open_image(sample.image, cfg.data.max_image_pixels)
             except BrokenImage as error:
                 self.drops.drop(sample.name, str(error))
@@ -220,11 +249,56 @@ class BatchBuilder:
             crop = train_crop(rng, width, height, cfg.data.augment, cfg.model.vision.image_size)
             return _Ready(sample, image, crop, caption, rng)
 
+
+class BatchBuilder:
+    """The batches of one turn of a data block."""
+
+    def __init__(self, spec: Spec, tools: Tools, turn: int, states: Mapping[str, dict[str, Any]]) -> None:
+        """`states`: from `state`, of all streams that have given a sample."""
+        self._spec, self._tools = spec, tools
+        self._grid = round(spec.num_patches**0.5)
+        self._streams = {
+            stream_name(row, turn): _Stream(spec, tools, row, turn, states.get(stream_name(row, turn)))
+            for row in spec.own_rows
+        }
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The positions of its streams after the last batch, JSON-able."""
+        return {name: stream.state() for name, stream in self._streams.items()}
+
+    def build(self) -> Batch:
+        """The next batch; a broken sample is replaced by the next one of its stream.
+
+        Raises:
+            DataError: too many are broken, or a shard cannot be read.
+        """
+        streams, size = list(self._streams.values()), self._spec.row_size
+        good: list[list[tuple[int, _Ready]]] = [[] for _ in streams]  # of each row, with the place in `images`
+        images: list[Tensor] = []
+        num_images = 0
+        while missing := [row for row in range(len(streams)) for _ in range(size - len(good[row]))]:
+            waiting = [streams[row].next_ready() for row in missing]
+            decoded = self._tools.decoder.decode([r.image for r in waiting], [r.crop for r in waiting])
+            images.append(decoded.image_BCHW)
+            for place, (row, ready) in enumerate(zip(missing, waiting)):
+                if place in decoded.broken:
+                    streams[row].drops.drop(ready.sample.name, decoded.broken[place])
+                else:
+                    good[row].append((num_images, ready))
+                    num_images += 1
+        # Of a shared row too every sample was decoded: only so is it known which were broken, and what replaced them.
+        kept = [entry for row in good for entry in row][self._spec.kept]
+        places = [place for place, _ in kept]
+        image_BCHW = images[0] if len(images) == 1 else torch.cat(images)
+        if places != list(range(num_images)):
+            image_BCHW = image_BCHW[torch.tensor(places, device=image_BCHW.device)]
+        return self._collate(image_BCHW, [ready for _, ready in kept])
+
     def _collate(self, image_BCHW: Tensor, samples: Sequence[_Ready]) -> Batch:
         cfg, num_patches = self._spec.cfg, self._spec.num_patches
         token_BL = mask_BN = keep_BK = None
-        if self._tokens is not None:
-            token_BL = self._tokens([s.caption for s in samples if s.caption is not None])
+        if self._tools.tokens is not None:
+            token_BL = self._tools.tokens([s.caption for s in samples if s.caption is not None])
         if cfg.task == "mim":
             assert cfg.mim is not None  # checked with the recipe
             masks = [block_mask(s.rng, self._grid, cfg.mim.mask).reshape(-1) for s in samples]
@@ -235,16 +309,23 @@ class BatchBuilder:
         return Batch(image_BCHW, tuple(s.sample.name for s in samples), token_BL, mask_BN, keep_BK)
 
 
-def check_enough_shards(cfg: Config, num_shards: int, data_size: int) -> None:
-    """Nothing, when every worker of every data rank can have a shard of its own.
+def stream_name(row: int, turn: int) -> str:
+    """The key of a stream's state."""
+    return f"{row}.{turn}"
+
+
+def check_enough_shards(num_shards: int, rows: int, turns: int) -> None:
+    """Nothing, when every stream of a run can have a shard of its own.
+
+    Args:
+        rows: data blocks at the start of the run.
+        turns: max(1, data.num_workers) then.
 
     Raises:
         DataError: there are fewer shards.
     """
-    needed = data_size * max(1, cfg.data.num_workers)
-    if num_shards < needed:
+    if num_shards < rows * turns:
         raise DataError(
-            f"data.train names {num_shards} shards; {data_size} data ranks x {max(1, cfg.data.num_workers)} workers "
-            f"(data.num_workers={cfg.data.num_workers}) must have one each, {needed} in all; "
-            "write more, smaller shards, or lower data.num_workers"
+            f"data.train names {num_shards} shards; {rows} data ranks x {turns} workers (data.num_workers) "
+            f"must have one each, {rows * turns} in all; write more, smaller shards, or lower data.num_workers"
         )

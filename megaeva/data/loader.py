@@ -1,10 +1,13 @@
 """The loader of a training run: batches with an exact position.
 
-One `BatchBuilder` turns one stream of raw samples into batches. It runs in the trainer (num_workers=0), in worker
-processes (each has its own stream; batches are taken from them in turn), or, where DALI decodes on the GPU, in a thread
-of the trainer that keeps ahead of it. In all three the batches are a function of (seed, data rank, position) alone.
+The streams that samples come from belong to the run (`builder.Spec`): a run that goes on with another number of data
+blocks gets the global batches that it would have had. One `BatchBuilder` makes the batches of one turn. Builders run in
+the trainer (num_workers=0), in worker processes (each has its own turns; batches are taken from them in rotation), or,
+where DALI decodes on the GPU, in a thread of the trainer that keeps ahead of it. In all three a global batch is a
+function of (seed, number of data blocks and workers at the start of the run, step) alone.
 """
 
+import itertools
 import json
 import logging
 import queue
@@ -13,14 +16,14 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
-from megaeva.data.builder import BatchBuilder, Spec, check_enough_shards
+from megaeva.data.builder import BatchBuilder, Spec, Tools, check_enough_shards, make_tools, stream_name
 from megaeva.data.decode import make_decoder
 from megaeva.data.decode_dali import gpu_index
 from megaeva.data.shards import expand_shards
@@ -29,54 +32,66 @@ from megaeva.errors import DataError, UserError
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 2  # of each worker
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+
+_States = dict[str, dict[str, Any]]  # by `stream_name`; of streams that have given a sample
 
 
 class _Item(NamedTuple):
-    """What a source gives: a batch and the builder's state after it, or the text of a user's error."""
+    """What a source gives: a batch and the states of its streams after it, or the text of a user's error."""
 
     batch: Batch | None
-    worker: int
-    state: dict[str, Any] | None
+    turn: int
+    states: _States
     error: str | None = None
 
 
-def _build_items(make_builder: Callable[[], BatchBuilder], worker: int) -> Iterator[_Item]:
-    """Endless items; a UserError ends them as an item, so that its text crosses a process or thread unchanged."""
-    try:
-        builder = make_builder()
-        while True:
-            yield _Item(builder.build(), worker, builder.state())
-    except UserError as error:
-        yield _Item(None, worker, None, str(error))
+def _build_items(spec: Spec, make: Callable[[], Tools], states: _States, turns: Sequence[int]) -> Iterator[_Item]:
+    """Endless items of `turns` in rotation; a UserError ends them as an item, so that its text crosses a process or
+    thread unchanged."""
+    builders: dict[int, BatchBuilder] = {}
+    tools: Tools | None = None
+    for turn in itertools.cycle(turns):
+        try:
+            tools = tools or make()
+            if turn not in builders:
+                builders[turn] = BatchBuilder(spec, tools, turn, states)
+            yield _Item(builders[turn].build(), turn, builders[turn].state())
+        except UserError as error:
+            yield _Item(None, turn, {}, str(error))
+            return
+
+
+def _rotation(spec: Spec, first: int, worker: int, num_workers: int) -> list[int]:
+    """Turns of one of `num_workers` (a divisor of the turns), from step `first` on."""
+    return [(first + step) % spec.turns for step in range(worker, spec.turns, num_workers)]
 
 
 class _WorkerItems(IterableDataset[_Item]):
-    """The items of one worker process. Process p plays worker (p + first) % num_workers, so that a resumed round of
-    turns begins where the saved one stood."""
+    """The items of one worker process; batches are taken from worker 0 first, where a resumed rotation goes on."""
 
-    def __init__(self, spec: Spec, states: Sequence[dict[str, Any] | None], first: int) -> None:
+    def __init__(self, spec: Spec, states: _States, first: int) -> None:
         self._spec, self._states, self._first = spec, states, first
 
     def __iter__(self) -> Iterator[_Item]:
         info = get_worker_info()
         assert info is not None
-        worker = (info.id + self._first) % self._spec.num_workers
-        return _build_items(lambda: self._builder(worker), worker)
+        turns = _rotation(self._spec, self._first, info.id, info.num_workers)
+        return _build_items(self._spec, lambda: self._tools(info.num_workers), self._states, turns)
 
-    def _builder(self, worker: int) -> BatchBuilder:
-        cfg, batch_size = self._spec.cfg, self._spec.batch_size
+    def _tools(self, num_workers: int) -> Tools:
+        cfg, batch_size = self._spec.cfg, self._spec.num_decoded
         # Never the GPU: it is the trainer's.
         decoder = make_decoder(cfg.data.decoder, cfg.model.vision.image_size, batch_size=batch_size, platform="cpu")
-        return BatchBuilder(self._spec, worker, decoder, self._states[worker])
+        return make_tools(self._spec, decoder, num_workers)
 
 
-def _from_processes(spec: Spec, states: Sequence[dict[str, Any] | None], first: int) -> Iterator[_Item]:
+def _from_processes(spec: Spec, states: _States, first: int) -> Iterator[_Item]:
     # spawn: the trainer has threads, process groups and perhaps a CUDA context, none of which survive a fork.
     items = DataLoader(
         _WorkerItems(spec, states, first),
         batch_size=None,
-        num_workers=spec.num_workers,
+        num_workers=spec.cfg.data.num_workers,
         prefetch_factor=_BATCHES_AHEAD,
         multiprocessing_context="spawn",
     )
@@ -139,11 +154,11 @@ class _Thread:
 
 
 class Loader:
-    """An endless iterator of this data rank's batches, `train.global_batch_size / data_size` samples each.
+    """An endless iterator of this data block's batches, `train.global_batch_size / data_size` samples each.
 
-    Every sample of an epoch is given out once over all data ranks and workers; epochs follow each other without a
-    break, nothing is dropped or repeated at the border. Ranks of one data-parallel group member (tensor or pipeline
-    ranks) build the same loader and get the same batches.
+    Every sample of an epoch is given out once over all data blocks and workers; epochs follow each other without a
+    break, nothing is dropped or repeated at the border. Ranks of one data block (tensor or pipeline ranks) build the
+    same loader and get the same batches.
 
     Attributes:
         wait_seconds: time the caller has spent waiting in `next`, in total.
@@ -153,33 +168,32 @@ class Loader:
         """Finds the shards; nothing is read before the first batch.
 
         Raises:
-            DataError: shards are missing or empty, or fewer than data ranks x max(1, data.num_workers).
+            DataError: shards are missing or empty.
         """
         shards = tuple(expand_shards(cfg.data.train))
         self._on_gpu = cfg.data.decoder != "pillow" and gpu_index(cfg.platform) is not None
-        # On a GPU the decoding threads are DALI's; one stream feeds them.
-        num_streams = 1 if self._on_gpu else max(1, cfg.data.num_workers)
-        check_enough_shards(cfg, len(shards), data_size)
-        self._spec = Spec(cfg, shards, data_rank, data_size, num_patches, num_streams)
-        self._states: list[dict[str, Any] | None] = [None] * num_streams
-        self._next_worker = 0
+        # On a GPU the decoding threads are DALI's; one turn feeds them.
+        turns = 1 if self._on_gpu else max(1, cfg.data.num_workers)
+        self._spec = Spec(cfg, shards, data_rank, data_size, num_patches, rows=data_size, turns=turns)
+        self._states: _States = {}
+        self._next_turn = 0
         self._items: Iterator[_Item] | None = None
         self.wait_seconds = 0.0
 
     @property
     def dropped(self) -> Counter[str]:
-        """Broken samples skipped by this data rank since the start of the run, by reason."""
+        """Broken samples skipped since the start of the run, by reason; their sum over data blocks is the run's."""
         total: Counter[str] = Counter()
-        for state in self._states:
-            total.update(state["dropped"] if state else {})
+        for state in self._counted().values():
+            total.update(state["dropped"])
         return total
 
     @property
     def first_dropped(self) -> dict[str, list[str]]:
-        """Keys of the first dropped samples of each worker, by reason."""
+        """Keys of the first dropped samples of each stream, by reason."""
         found: dict[str, list[str]] = {}
-        for state in self._states:
-            for reason, names in (state["first_dropped"] if state else {}).items():
+        for state in self._counted().values():
+            for reason, names in state["first_dropped"].items():
                 found.setdefault(reason, []).extend(names)
         return found
 
@@ -194,28 +208,37 @@ class Loader:
         self.wait_seconds += time.perf_counter() - started
         if item.error is not None or item.batch is None:
             self.close()
-            raise DataError(f"{item.error} [data rank {self._spec.data_rank}, worker {item.worker}]")
-        self._states[item.worker] = item.state
-        self._next_worker = (item.worker + 1) % len(self._states)
+            raise DataError(f"{item.error} [data rank {self._spec.data_rank}, worker {item.turn}]")
+        self._states.update(item.states)
+        self._next_turn = (item.turn + 1) % self._spec.turns
         return item.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch given out: small, JSON-able; batches built ahead are not counted."""
+        """The position after the last batch given out: small, JSON-able; batches built ahead are not counted.
+
+        It has the streams that this block answers for: those of all blocks together are the run's.
+        """
         return {
             "version": _STATE_VERSION,
             "run": self._identity(),
-            "next_worker": self._next_worker,
-            "workers": list(self._states),
+            "rows": self._spec.rows,
+            "turns": self._spec.turns,
+            "next_turn": self._next_turn,
+            "streams": self._counted(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to the position of a loader with the same shards, seed, ranks and workers; the next batch is its next.
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Goes to the position of a run with the same shards, seed and batch; the next batch is its next.
+
+        Args:
+            states: `state_dict` of every data block, of which there may have been another number.
 
         Raises:
-            DataError: the state is of another version or another division of the data.
+            DataError: the states are of another version or run, or data.num_workers does not divide the run's turns.
         """
-        state = json.loads(json.dumps(state))
-        saved = {"version": state.get("version"), **state.get("run", {})}
+        states = json.loads(json.dumps(states))
+        first = states[0]
+        saved = {"version": first.get("version"), **first.get("run", {})}
         mine = {"version": _STATE_VERSION, **self._identity()}
         differing = [f"{k}={saved.get(k)!r} then, {v!r} now" for k, v in mine.items() if saved.get(k) != v]
         if differing:
@@ -223,9 +246,20 @@ class Loader:
                 f"the saved data position belongs to another run: {', '.join(differing)}; they must be equal to "
                 "continue exactly; resume with the old values, or start a new run from the weights (init.*)"
             )
+        spec = self._spec._replace(rows=first["rows"], turns=first["turns"])
+        workers = spec.cfg.data.num_workers
+        if not self._on_gpu and spec.turns % max(1, workers):
+            possible = [str(n) for n in range(1, spec.turns + 1) if spec.turns % n == 0]
+            raise DataError(
+                f"data.num_workers={workers} must divide the {spec.turns} turns in which this run reads its shards (its "
+                f"workers when it began); set it to {', '.join(possible)}, or 0 to read in the trainer"
+            )
         self.close()
-        self._states = state["workers"]
-        self._next_worker = state["next_worker"]
+        self._spec = spec
+        rows = {str(row) for row in spec.own_rows}
+        streams = {name: stream for state in states for name, stream in state["streams"].items()}
+        self._states = {name: stream for name, stream in streams.items() if name.split(".")[0] in rows}
+        self._next_turn = first["next_turn"]
 
     def close(self) -> None:
         """Stops workers and threads; the next batch starts them again from the current position."""
@@ -233,15 +267,19 @@ class Loader:
         if items is not None and hasattr(items, "close"):
             items.close()
 
+    def _counted(self) -> _States:
+        """States of the streams that this block answers for, of those it reads."""
+        spec = self._spec
+        names = (stream_name(row, turn) for row in spec.counted_rows for turn in range(spec.turns))
+        return {name: self._states[name] for name in names if name in self._states}
+
     def _identity(self) -> dict[str, Any]:
         """What the meaning of a position depends on."""
         spec = self._spec
         names = "\n".join(path.name for path in spec.shards)
         return {
             "seed": spec.cfg.seed,
-            "data_rank": spec.data_rank,
-            "data_size": spec.data_size,
-            "num_workers": spec.num_workers,
+            "global_batch_size": spec.cfg.train.global_batch_size,
             "shuffle_buffer": spec.cfg.data.shuffle_buffer,
             "num_shards": len(spec.shards),
             "shard_names_crc32": zlib.crc32(names.encode()),
@@ -249,26 +287,41 @@ class Loader:
 
     def _start(self) -> Iterator[_Item]:
         spec = self._spec
+        check_enough_shards(len(spec.shards), spec.rows, spec.turns)
+        if spec.rows != spec.data_size and spec.data_rank == 0:
+            self._log_other_blocks()
         if spec.cfg.data.num_workers > 0 and not self._on_gpu:
             log_decoder = spec.cfg.data.decoder if spec.cfg.data.decoder != "auto" else "pillow"
             if spec.data_rank == 0:
-                logger.info("images are decoded by %s in %d worker processes", log_decoder, spec.num_workers)
-            return _from_processes(spec, self._states, self._next_worker)
+                logger.info("images are decoded by %s in %d worker processes", log_decoder, spec.cfg.data.num_workers)
+            return _from_processes(spec, self._states, self._next_turn)
         if spec.cfg.data.num_workers > 0:
             return _Thread(self._build_here)
         return self._build_here()
 
-    def _build_here(self) -> Iterator[_Item]:
-        return _build_items(self._builder, 0)
+    def _log_other_blocks(self) -> None:
+        spec = self._spec
+        used = len(spec.own)
+        most = max(s.num_decoded for s in (spec._replace(data_rank=rank) for rank in range(spec.data_size)))
+        cost = "" if most == used else f"; some share a row, so one decodes up to {most} images a step to use {used}"
+        logger.info(
+            "this run began with %d data blocks, now %d read its streams: global batches stay the same%s",
+            spec.rows, spec.data_size, cost,
+        )  # fmt: skip
 
-    def _builder(self) -> BatchBuilder:
+    def _build_here(self) -> Iterator[_Item]:
+        turns = _rotation(self._spec, self._next_turn, 0, 1)
+        # The states as they are now: a thread's builders start later, one by one.
+        return _build_items(self._spec, self._tools, dict(self._states), turns)
+
+    def _tools(self) -> Tools:
         cfg = self._spec.cfg
         decoder = make_decoder(
             cfg.data.decoder,
             cfg.model.vision.image_size,
-            batch_size=self._spec.batch_size,
+            batch_size=self._spec.num_decoded,
             platform=cfg.platform,
             num_threads=max(1, cfg.data.num_workers),
             log=self._spec.data_rank == 0,
         )
-        return BatchBuilder(self._spec, 0, decoder, self._states[0])
+        return make_tools(self._spec, decoder, 1)

@@ -13,17 +13,21 @@ _NUM_SAMPLES = 64
 _CAPTION_LENGTH = 80  # characters shown
 
 
-def preflight(cfg: Config, data_size: int) -> str:
+def preflight(cfg: Config, data_size: int | None) -> str:
     """Two lines on the training data: shards and what the first one holds; one usable sample.
 
     Opens the first shard and reads at most 64 of its samples, headers only. One rank is enough to call it.
+
+    Args:
+        data_size: data blocks of a new run; None for one that goes on with the streams it began with.
 
     Raises:
         DataError: a shard is missing or empty, there are fewer than workers, or none of these samples can be used for
             the task; then the counts by reason and the members found are named.
     """
     paths = expand_shards(cfg.data.train)
-    check_enough_shards(cfg, len(paths), data_size)
+    if data_size is not None:
+        check_enough_shards(len(paths), data_size, max(1, cfg.data.num_workers))
     reasons: Counter[str] = Counter()
     first_bad: dict[str, list[str]] = {}
     usable: list[tuple[RawSample, int, int, str]] = []

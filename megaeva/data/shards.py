@@ -234,10 +234,10 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the stream of one worker, JSON-able through `as_dict`.
+    """A position in one stream, JSON-able through `as_dict`.
 
     Attributes:
-        epoch: passes over all shards that this worker has finished.
+        epoch: passes over all its shards that this stream has finished.
         shard: place in this epoch's plan where the current chunk starts.
         sample: place in that shard where the current chunk starts.
         chunk: number of the current chunk in this epoch.
@@ -256,7 +256,7 @@ class Cursor:
 
 
 def plan_epoch(num_shards: int, *, seed: int, epoch: int, worker: int, num_workers: int) -> NDArray[np.int64]:
-    """Indices of the shards that `worker` of `num_workers` (over all data ranks) reads in `epoch`, in order."""
+    """Indices of the shards that stream `worker` of all `num_workers` reads in `epoch`, in order."""
     return np.random.default_rng((seed, epoch, 1)).permutation(num_shards)[worker::num_workers]
 
 
@@ -287,7 +287,7 @@ class _Chunk(NamedTuple):
 
 
 class SampleStream:
-    """The endless shuffled stream of one worker; `cursor` is the position after the last sample given out.
+    """One endless shuffled stream of a run; `cursor` is the position after the last sample given out.
 
     Memory: `shuffle_buffer` undecoded samples. While one chunk is given out the next is read, one sample for each
     one given, so that reading does not come in bursts.
@@ -302,13 +302,13 @@ class SampleStream:
         num_workers: int,
         shuffle_buffer: int,
         cursor: Cursor = Cursor(),
-        max_cached_bytes: int = 0,
+        reader: ShardReader,
     ) -> None:
-        """`worker` counts over all data ranks: 0..num_workers-1; `cursor`: from a stream with the same arguments."""
+        """`worker` counts over all streams: 0..num_workers-1; `cursor`: from a stream with the same arguments."""
         self._shards = shards
         self._seed, self._worker, self._num_workers = seed, worker, num_workers
         self._shuffle_buffer = shuffle_buffer
-        self._reader = ShardReader(shards, max_cached_bytes)
+        self._reader = reader
         self._arriving = self._read_from(cursor)
         self._held: tuple[Cursor, RawSample] | None = None  # first sample of the chunk after the one being read
         self._next = _Chunk(replace(cursor, given=0), [])

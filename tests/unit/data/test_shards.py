@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaeva.data.shards import Cursor, SampleStream, expand_shards, plan_epoch, read_shard, sample_rng
+from megaeva.data.shards import Cursor, SampleStream, ShardReader, expand_shards, plan_epoch, read_shard, sample_rng
 from megaeva.data.synthetic import make_shards
 from megaeva.errors import DataError
 
@@ -35,15 +35,23 @@ def names(stream: SampleStream, count: int) -> list[tuple[int, str]]:
 
 
 def open_stream(
-    shards: list[Path], worker: int = 0, num_workers: int = 1, buffer: int = 4, **other: object
+    shards: list[Path],
+    worker: int = 0,
+    num_workers: int = 1,
+    buffer: int = 4,
+    *,
+    seed: int = 3,
+    cached_bytes: int = 0,
+    cursor: Cursor = Cursor(),
 ) -> SampleStream:
     return SampleStream(
         shards,
-        seed=3,
+        seed=seed,
         worker=worker,
         num_workers=num_workers,
         shuffle_buffer=buffer,
-        **other,  # type: ignore[arg-type]
+        cursor=cursor,
+        reader=ShardReader(shards, cached_bytes),
     )
 
 
@@ -155,14 +163,14 @@ def test_the_order_is_shuffled_across_shards(shards: list[Path]) -> None:
     order = [name for _, name in names(open_stream(shards, buffer=100), 35)]
     shard_of = [name.split("/")[0] for name in order]
     assert sum(a != b for a, b in pairwise(shard_of)) > 15  # 4 if only shards were permuted
-    other = SampleStream(shards, seed=4, worker=0, num_workers=1, shuffle_buffer=100)
+    other = open_stream(shards, buffer=100, seed=4)
     assert order != [name for _, name in names(other, 35)]
 
 
 @pytest.mark.parametrize("buffer", [1, 4, 7, 10, 100])
 @pytest.mark.parametrize("cached", [0, 1 << 30], ids=["streamed", "cached"])
 def test_any_position_continues_exactly(shards: list[Path], buffer: int, cached: int) -> None:
-    stream = open_stream(shards, 1, 2, buffer, max_cached_bytes=cached)
+    stream = open_stream(shards, 1, 2, buffer, cached_bytes=cached)
     cursors, order = [stream.cursor], []
     for _ in range(45):  # over two epoch borders
         order += names(stream, 1)
