@@ -83,6 +83,6 @@ class TextTower(MegatronModule):
         hidden_BLD = self.token_embedding(token_BL[:, :num_tokens]) + self.pos_embed[:num_tokens]
         hidden_LBD = scatter_tokens(hidden_BLD.transpose(0, 1).contiguous(), self.grid)
         hidden_LBD = gather_tokens(self.blocks(hidden_LBD, num_tokens), num_tokens, self.grid)
-        end_BD = hidden_LBD[end_B, torch.arange(len(end_B), device=end_B.device)]
+        end_BD = hidden_LBD[end_B, torch.arange(end_B.shape[0], device=end_B.device)]
         text_BE: Tensor = self.head(self.norm(end_BD))
         return text_BE
