@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -184,11 +185,12 @@ class Trainer:
         self.position = self.loader.state_dict()
         self.save()
         self.evaluate()
+        dropped = self.loader.dropped if self.task.grid.tp_rank == 0 else Counter()
         summary = {
             "step": self.next_step,
             "samples": self.next_step * self.cfg.train.global_batch_size,
             "num_parameters": count_parameters(self.task.towers),
-            "dropped_samples": dict(self.loader.dropped),
+            "dropped_samples": dict(sum(gather_objects(dropped), start=Counter[str]())),
         }
         self.record.write_json("finished.json", summary)
         self.record.say(f"finished: step {self.next_step} is saved in {self.run_dir}")

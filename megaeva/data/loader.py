@@ -238,9 +238,13 @@ class Loader:
         """
         states = json.loads(json.dumps(states))
         first = states[0]
-        saved = {"version": first.get("version"), **first.get("run", {})}
-        mine = {"version": _STATE_VERSION, **self._identity()}
-        differing = [f"{k}={saved.get(k)!r} then, {v!r} now" for k, v in mine.items() if saved.get(k) != v]
+        if first.get("version") != _STATE_VERSION:
+            raise DataError(
+                f"the saved data position is of version {first.get('version')}; this megaeva reads version "
+                f"{_STATE_VERSION}; resume with the megaeva that saved it, or start a new run from the weights (init.*)"
+            )
+        saved = first["run"]
+        differing = [f"{k}={saved[k]!r} then, {v!r} now" for k, v in self._identity().items() if saved[k] != v]
         if differing:
             raise DataError(
                 f"the saved data position belongs to another run: {', '.join(differing)}; they must be equal to "
@@ -251,8 +255,8 @@ class Loader:
         if not self._on_gpu and spec.turns % max(1, workers):
             possible = [str(n) for n in range(1, spec.turns + 1) if spec.turns % n == 0]
             raise DataError(
-                f"data.num_workers={workers} must divide the {spec.turns} turns in which this run reads its shards (its "
-                f"workers when it began); set it to {', '.join(possible)}, or 0 to read in the trainer"
+                f"data.num_workers={workers} must divide the {spec.turns} turns in which this run reads its shards, "
+                f"as many as workers when it began; set it to {', '.join(possible)}, or 0 to read in the trainer"
             )
         self.close()
         self._spec = spec

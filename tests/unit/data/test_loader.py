@@ -6,6 +6,7 @@ import os
 import signal
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from megaeva.config.schema import (
     VisionSection,
 )
 from megaeva.data import builder as builder_module
+from megaeva.data import loader as loader_module
 from megaeva.data.batch import Batch
 from megaeva.data.evaluation import EvalBatch, eval_batches
 from megaeva.data.loader import Loader
@@ -194,7 +196,8 @@ def test_resume_continues_with_the_very_same_batches(shards: Path, task: str, da
             states.append(loader.state_dict())
         for k in (0, 1, 4, 8, 9, 13, 17):
             resumed = open_loader(cfg, data_rank, data_size)
-            resumed.load_state_dict(json.loads(json.dumps(states[k])))
+            # Each block has its own streams here, and what it saved is enough for it.
+            resumed.load_state_dicts([json.loads(json.dumps(states[k]))])
             assert resumed.state_dict() == states[k]
             assert_equal(take(resumed, 3), batches[k : k + 3])
         assert len(json.dumps(states[-1])) < 1000
@@ -205,37 +208,44 @@ def test_loading_a_state_goes_back_in_the_same_loader(shards: Path) -> None:
     take(loader, 2)
     state = loader.state_dict()
     expected = take(loader, 2)
-    loader.load_state_dict(state)
+    loader.load_state_dicts([state])
     assert_equal(take(loader, 2), expected)
 
 
 def test_worker_processes_resume_and_cover_the_epoch(shards: Path) -> None:
-    cfg = recipe(shards, batch=5, num_workers=2)
+    cfg = recipe(shards, batch=6, num_workers=2)
     loader = open_loader(cfg)
     states, batches = [loader.state_dict()], []
-    for _ in range(12 + 5):
+    for _ in range(10 + 5):
         batches += take(loader, 1)
         states.append(loader.state_dict())
     loader.close()
-    assert len({key for batch in batches[:12] for key in batch.keys}) == EPOCH
-    k = 11  # the second worker's turn, and the epoch border right after it
+    assert len({key for batch in batches[:10] for key in batch.keys}) == EPOCH
+    k = 9  # the second worker's turn, and the epoch border right after it
     resumed = open_loader(cfg)
-    resumed.load_state_dict(states[k])
+    resumed.load_state_dicts([states[k]])
     assert_equal(take(resumed, 4), batches[k : k + 4])
     assert resumed.state_dict() == states[k + 4]
     resumed.close()
+    # One worker, or the trainer itself, takes both turns; here as the second of two blocks.
+    for num_workers in (0, 1):
+        moved = open_loader(recipe(shards, batch=6, num_workers=num_workers), 1, 2)
+        moved.load_state_dicts([states[k]])
+        assert_equal(take(moved, 4), [batch.in_parts(2)[1] for batch in batches[k : k + 4]])
+        moved.close()
+    with pytest.raises(DataError, match=r"num_workers=3 must divide the 2 turns .* set it to 1, 2, or 0"):
+        open_loader(recipe(shards, batch=6, num_workers=3)).load_state_dicts([states[k]])
 
 
 def test_the_thread_builds_what_the_trainer_would(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = take(open_loader(recipe(shards)), 6)
-    loader = open_loader(recipe(shards, num_workers=3))
-    monkeypatch.setattr(loader, "_on_gpu", True)  # reading as beside a GPU decoder; Pillow still decodes
-    loader._spec = loader._spec._replace(num_workers=1)
-    loader._states = [None]
+    # Reading as beside a GPU decoder; Pillow still decodes.
+    monkeypatch.setattr(loader_module, "gpu_index", lambda platform: 0)
+    loader = open_loader(recipe(shards, num_workers=3, decoder="auto"))
     ours = take(loader, 3)
     state = loader.state_dict()
     assert_equal(ours + take(loader, 3), expected)
-    loader.load_state_dict(state)
+    loader.load_state_dicts([state])
     assert_equal(take(loader, 3), expected[3:])
     loader.close()
 
@@ -244,11 +254,12 @@ def test_the_thread_builds_what_the_trainer_would(shards: Path, monkeypatch: pyt
     ("change", "named"),
     [
         (lambda cfg, shards: recipe(shards, shuffle_buffer=10), "shuffle_buffer=9 then, 10 now"),
-        (lambda cfg, shards: recipe(shards, num_workers=2), "num_workers=1 then, 2 now"),
+        (lambda cfg, shards: recipe(shards, num_workers=2), "num_workers=2 must divide the 1 turns"),
+        (lambda cfg, shards: recipe(shards, batch=16), "global_batch_size=8 then, 16 now"),
         (lambda cfg, shards: cfg.model_copy(update={"seed": 6}), "seed=5 then, 6 now"),
         (lambda cfg, shards: recipe(str(shards).replace("*", "{000000..000004}")), "num_shards=6 then, 5 now"),
     ],
-    ids=["buffer", "workers", "seed", "shards"],
+    ids=["buffer", "workers", "batch", "seed", "shards"],
 )
 def test_a_position_of_another_run_is_refused(
     shards: Path, change: Callable[[Config, Path], Config], named: str
@@ -256,9 +267,101 @@ def test_a_position_of_another_run_is_refused(
     cfg = recipe(shards)
     state = open_loader(cfg).state_dict()
     with pytest.raises(DataError, match=named):
-        open_loader(change(cfg, shards)).load_state_dict(state)
-    with pytest.raises(DataError, match="data_size=1 then, 2 now"):
-        open_loader(recipe(shards, batch=8), 0, 2).load_state_dict(state)
+        open_loader(change(cfg, shards)).load_state_dicts([state])
+    with pytest.raises(DataError, match="of version 1; this megaeva reads version 2"):
+        open_loader(cfg).load_state_dicts([state | {"version": 1}])
+
+
+# ----------------------------------------------------------------------------------------- other numbers of data blocks
+
+EPOCH_STEPS = 4  # of 12 samples
+
+
+@pytest.fixture(scope="module")
+def broken_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 shards of 6 samples, of which 4 can be used: one caption is no text, one image ends early."""
+    folder = tmp_path_factory.mktemp("broken_shards")
+    for shard in range(12):
+        samples = [{"jpg": jpeg(6 * shard + i), "txt": f"number {6 * shard + i}".encode()} for i in range(6)]
+        samples[shard % 6]["txt"] = b"\xff"
+        samples[(shard + 2) % 6]["jpg"] = WHOLE[: len(WHOLE) // 2]
+        write_shard(folder / f"{shard:02d}.tar", samples)
+    return folder / "*.tar"
+
+
+class Blocks:
+    """The loaders of all data blocks."""
+
+    def __init__(self, shards: Path, size: int, states: list[dict[str, object]] | None = None) -> None:
+        cfg = recipe(shards, batch=12, shuffle_buffer=7, max_dropped_share=0.5)
+        self.loaders = [open_loader(cfg, rank, size) for rank in range(size)]
+        if states is not None:
+            for loader in self.loaders:
+                loader.load_state_dicts(states)
+
+    def states(self) -> list[dict[str, object]]:
+        return json.loads(json.dumps([loader.state_dict() for loader in self.loaders]))
+
+    def take(self) -> Batch:
+        """The next global batch."""
+        parts = [next(loader) for loader in self.loaders]
+        assert {len(part) for part in parts} == {12 // len(parts)}
+        whole = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in ("image_BCHW", "token_BL", "keep_BK")
+        }
+        return Batch(keys=tuple(key for part in parts for key in part.keys), **whole)
+
+    def dropped(self) -> dict[str, int]:
+        return dict(sum((loader.dropped for loader in self.loaders), start=Counter()))
+
+
+@pytest.mark.parametrize(
+    ("first", "num_workers", "moves"),
+    [
+        (1, 1, {2: 2, 5: 4, 7: 2}),
+        (1, 4, {1: 12, 2: 3, 9: 1}),
+        (2, 1, {0: 4, 3: 1, 6: 2}),
+        (2, 2, {1: 3, 3: 4, 6: 1, 9: 6}),
+        (3, 2, {3: 2, 5: 4, 6: 3}),
+        (4, 1, {1: 3, 2: 6, 7: 1}),
+        (6, 2, {5: 1, 6: 4}),
+    ],
+)
+def test_a_run_that_moves_sees_the_global_batches_of_one_that_never_does(
+    broken_shards: Path, first: int, num_workers: int, moves: dict[int, int]
+) -> None:
+    """`moves`: step -> number of data blocks from there on; broken samples stay replaced and counted as they were."""
+    cfg = recipe(broken_shards, batch=12, shuffle_buffer=7, max_dropped_share=0.5, num_workers=num_workers)
+    # Not started: no worker process is needed for the streams that a run of these workers has.
+    start = [open_loader(cfg, rank, first).state_dict() for rank in range(first)]
+    home, moving = Blocks(broken_shards, first, start), Blocks(broken_shards, first, start)
+    seen: list[str] = []
+    for step in range(3 * EPOCH_STEPS):
+        if step in moves:
+            moving = Blocks(broken_shards, moves[step], moving.states())
+        expected, found = home.take(), moving.take()
+        assert_equal([found], [expected])
+        assert moving.dropped() == home.dropped(), step
+        seen += found.keys
+    epochs = [sorted(seen[at : at + 48]) for at in range(0, len(seen), 48)]
+    assert len(set(epochs[0])) == 48
+    assert epochs[1] == epochs[2] == epochs[0]
+    merged = {name: stream for state in moving.states() for name, stream in state["streams"].items()}  # type: ignore[attr-defined]
+    assert merged == {name: stream for state in home.states() for name, stream in state["streams"].items()}  # type: ignore[attr-defined]
+    names = [name for state in moving.states() for name in state["streams"]]  # type: ignore[attr-defined]
+    assert len(names) == len(set(names)) == first * num_workers, "a stream is counted by one block"
+
+
+def test_blocks_that_share_a_row_say_what_it_costs(broken_shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    home = Blocks(broken_shards, 2)
+    home.take()
+    assert "data blocks" not in caplog.text
+    Blocks(broken_shards, 1, home.states()).take()
+    assert "this run began with 2 data blocks, now 1 read its streams: global batches stay the same\n" in caplog.text
+    caplog.clear()
+    Blocks(broken_shards, 3, home.states()).take()
+    assert caplog.text.count("some share a row, so one decodes up to 12 images a step to use 4") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ broken input
@@ -299,7 +402,7 @@ def test_broken_samples_are_skipped_and_counted(tmp_path: Path, decoder: str, ca
         fresh = open_loader(cfg)
         take(fresh, k)
         resumed = open_loader(cfg)
-        resumed.load_state_dict(fresh.state_dict())
+        resumed.load_state_dicts([fresh.state_dict()])
         assert_equal(take(resumed, 3), take(fresh, 3))
         assert resumed.dropped == fresh.dropped
 
@@ -329,7 +432,7 @@ def test_only_broken_samples_never_hang(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_fewer_shards_than_workers(shards: Path) -> None:
     with pytest.raises(DataError, match=r"names 6 shards; 2 data ranks x 4 workers .* 8 in all"):
-        open_loader(recipe(shards, num_workers=4), 0, 2)
+        next(open_loader(recipe(shards, num_workers=4), 0, 2))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -34,6 +34,9 @@ def names(stream: SampleStream, count: int) -> list[tuple[int, str]]:
     return [(placed.epoch, placed.sample.name) for placed in islice(stream, count)]
 
 
+START = Cursor()
+
+
 def open_stream(
     shards: list[Path],
     worker: int = 0,
@@ -42,7 +45,7 @@ def open_stream(
     *,
     seed: int = 3,
     cached_bytes: int = 0,
-    cursor: Cursor = Cursor(),
+    cursor: Cursor = START,
 ) -> SampleStream:
     return SampleStream(
         shards,
