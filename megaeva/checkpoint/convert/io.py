@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 from megaeva.checkpoint.convert.places import Place, PlacedTensors
+from megaeva.checkpoint.convert.run_folder import RunSink, RunSource, is_run
 from megaeva.checkpoint.convert.safetensors_file import SafetensorsSink, is_safetensors, safetensors_places
 from megaeva.checkpoint.convert.torch_file import TorchSink, is_zip, refuse_old_pickle, torch_places
 from megaeva.checkpoint.tensors import TensorSource
 from megaeva.errors import CheckpointError
 
-__all__ = ["SafetensorsSink", "TorchSink", "find_weights", "open_source"]
+__all__ = ["RunSink", "SafetensorsSink", "TorchSink", "find_weights", "open_source"]
 
 _INDEX = ".index.json"
 _WEIGHTS = tuple(
@@ -24,12 +25,15 @@ def open_source(path: str | Path) -> TensorSource:
     """Opens a file or folder of tensors for reading; only headers are read.
 
     Args:
-        path: zip file of torch.save or TorchScript, safetensors, index of shards, or a folder that holds one.
+        path: zip file of torch.save or TorchScript, safetensors, index of shards, or a folder that holds one; a run's
+            folder or one checkpoint of it, whose optimizer is left out.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it would have to be unpickled with code.
     """
     path = Path(path)
+    if is_run(path):
+        return RunSource(path)
     file = find_weights(path)
     try:
         return PlacedTensors(path, _shards(file) if file.name.endswith(_INDEX) else _file_places(file))

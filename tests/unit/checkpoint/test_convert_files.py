@@ -10,16 +10,23 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megaeva.checkpoint.convert.io import SafetensorsSink, TorchSink, open_source
+from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.io import RunSink, SafetensorsSink, TorchSink, open_source
+from megaeva.checkpoint.convert.sidecar import info_contents
+from megaeva.checkpoint.layout import read_info, read_model_section
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink
+from megaeva.config.schema import ModelSection
+from megaeva.config.variants import VARIANTS
 from megaeva.errors import CheckpointError
 
 
@@ -244,6 +251,11 @@ def _sinks(folder: Path, beside: object) -> list[tuple[Path, object]]:
     ]
 
 
+def _run_sink(folder: Path) -> RunSink:
+    model = ModelSection.model_validate(VARIANTS["EVA02-CLIP-B-16"])
+    return RunSink(folder, Contents("clip", model), infos_of(some_state()))
+
+
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     for _, make in _sinks(tmp_path, lambda folder: (folder / "config.json").write_text("{}")):
         sink = make()
@@ -258,7 +270,8 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
 
 
 def test_an_aborted_sink_leaves_nothing(tmp_path: Path) -> None:
-    for path, make in _sinks(tmp_path / "new" / "deep", None):
+    deep = tmp_path / "new" / "deep"
+    for path, make in [*_sinks(deep, None), (deep / "c", lambda: _run_sink(deep / "c"))]:
         sink = make()
         sink.write("logit_scale", torch.tensor(1.0))
         assert not path.exists()
@@ -267,12 +280,12 @@ def test_an_aborted_sink_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_destination_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
-    for path, make in _sinks(tmp_path, None):
+    for path, make in [*_sinks(tmp_path, None), (tmp_path / "c", lambda: _run_sink(tmp_path / "c"))]:
         path.write_text("mine")
         with pytest.raises(CheckpointError, match=f"{path.name} exists; a conversion replaces nothing; name a"):
             make()
         assert path.read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b", "c"]
 
 
 def test_the_rest_of_a_killed_conversion_is_replaced_and_a_running_one_is_not(tmp_path: Path) -> None:
@@ -285,6 +298,50 @@ def test_the_rest_of_a_killed_conversion_is_replaced_and_a_running_one_is_not(tm
         make()
     write_all(sink, some_state())
     assert same_bits(read_all(path), some_state()) and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_run_sink_is_read_back_by_torch_and_by_a_run(tmp_path: Path) -> None:
+    names = ("vision.half", "vision.float", "text.ids", "scale.log_scale")
+    values = some_state()
+    state = dict(zip(names, (values["visual.half"], values["visual.float"], values["text.ids"], torch.tensor(1.5))))
+    model = ModelSection.model_validate(VARIANTS["EVA02-CLIP-B-16"])
+    contents = Contents("clip", model, clip_ids=(3, 5), source=Path("there.pt"))
+    folder = tmp_path / "new" / "run"
+    write_all(RunSink(folder, contents, infos_of(state)), state)
+    assert os.listdir(tmp_path / "new") == ["run"]
+    loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    dcp.load(loaded, checkpoint_id=folder)
+    assert same_bits(loaded, state)
+    assert same_bits(read_all(folder), state)
+    info = read_info(folder)
+    assert info["step"] == 0 and info["source"] == "there.pt" and "optimizer" not in info
+    assert info_contents(folder, info) == replace(contents, source=folder)
+    assert read_model_section(folder) == model
+
+
+def test_of_a_run_the_newest_checkpoint_is_read_without_its_optimizer(tmp_path: Path) -> None:
+    model = ModelSection.model_validate(VARIANTS["EVA02-CLIP-B-16"])
+    for step, number in ((9, 1.0), (10, 2.0)):
+        state = {"vision.w": torch.tensor(number), "optimizer.state.exp_avg.vision.w": torch.ones(1)}
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        write_all(RunSink(folder, Contents("clip", model), infos_of(state)), state)
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", folder):
+        assert same_bits(read_all(path), {"vision.w": torch.tensor(2.0)})
+        assert open_source(path).path == folder
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        open_source(tmp_path / "young")
+
+
+def test_run_sink_refuses_what_no_run_holds(tmp_path: Path) -> None:
+    model = ModelSection.model_validate(VARIANTS["EVA02-CLIP-B-16"])
+    with pytest.raises(CheckpointError, match=r"there.pt: text.ids is torch.int8; weights of a run must be one of"):
+        RunSink(
+            tmp_path / "run",
+            Contents("clip", model, source=Path("there.pt")),
+            {"text.ids": TensorInfo((3,), torch.int8)},
+        )
+    assert os.listdir(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
