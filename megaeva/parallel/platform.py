@@ -121,6 +121,39 @@ def choose(platform: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     return platform
 
 
+def host_memory(tensor: Tensor) -> Tensor:
+    """Host memory for a tensor's values, contiguous; of a GPU's tensor page-locked, as `copier_to_host` wants it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+
+
+def copier_to_host(sources: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+    """A function that copies `sources` into host tensors, made for another thread than the one that computes.
+
+    The values are those of the work queued when this is called; nothing may change them until the function returns.
+    From a GPU they go through a stream of their own, beside what is computed meanwhile; that has not run on a GPU yet.
+    """
+    devices = {source.device for source in sources if source.is_cuda}
+    if not devices:
+
+        def copy(targets: Sequence[Tensor]) -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
+
+        return copy
+
+    (device,) = devices
+    stream, queued = torch.cuda.Stream(device), torch.cuda.current_stream(device).record_event()
+
+    def copy_beside(targets: Sequence[Tensor]) -> None:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(queued)
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+            stream.synchronize()
+
+    return copy_beside
+
+
 # ------------------------------------------------------------------------------------------------------------- shim
 
 _CORE = "megatron.core."
