@@ -104,6 +104,9 @@ def test_eva_comes_back_as_it_went(variant: str, tmp_path: Path) -> None:
     assert (layer + "self_attn.inner_attn_ln.weight" in theirs) == cfg.sub_ln_attention
     assert (layer + "mlp.fc3.weight" in theirs) == (cfg.activation == "swiglu")
     assert (layer + "layer_norm1.bias" in theirs) == (cfg.norm == "layernorm")
+    if cfg.activation == "swiglu":  # fc1 is w1, which goes through SiLU [facts.md 2c, 2d]
+        w1, w2 = state["vision.blocks.layers.1.mlp.linear_fc1.weight"].chunk(2)
+        assert torch.equal(theirs[layer + "mlp.fc1.weight"], w1) and torch.equal(theirs[layer + "mlp.fc2.weight"], w2)
     if cfg.qkv_bias == "qv":
         bias = layer + "self_attn.k_proj.bias"
         assert_same_bits(returned(HF_EVA, what, theirs | {bias: torch.zeros(32)}, state), state)

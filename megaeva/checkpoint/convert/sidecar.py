@@ -172,9 +172,9 @@ def open_clip_refusal(what: Contents) -> str | None:
     """Returns why open_clip 3.3 cannot build this model, or None."""
     vision, text = what.model.vision, what.model.text
     if not vision.ln_pre:
-        if not any(same_tower(vision, tower) for tower in TIMM_TOWERS.values()):
+        if not any(same_tower(vision, tower) for tower in _OPEN_CLIP_TOWERS.values()):
             return "open_clip builds EVA towers under timm's names only, and none of them is this one: " + ", ".join(
-                TIMM_TOWERS
+                _OPEN_CLIP_TOWERS
             )
         return None
     must = {
@@ -502,12 +502,12 @@ def contents_info(what: Contents) -> dict[str, Any]:
 
 
 def info_contents(path: Path, info: Mapping[str, Any]) -> Contents:
-    """Returns what the checkpoint at `path` holds, from its megaeva.json.
+    """Returns what the checkpoint at `path` holds, from its megaeva.json; or `path` is a file of the same keys.
 
     Raises:
         CheckpointError: a key is missing or has a value that no megaeva wrote.
     """
-    top = Keys(path / "megaeva.json", dict(info), "")
+    top = Keys(path / "megaeva.json" if path.is_dir() else path, dict(info), "")
     kind = top.one_of("kind", {"clip": "clip", "vision": "vision", "mim": "mim"}, None)
     image = Keys(top.path, top.take("preprocess"), "preprocess")
     preprocess = Preprocess(

@@ -126,6 +126,13 @@ def test_timm_config_comes_back(variant: str, size: str, tmp_path: Path) -> None
     assert sidecar.read_timm_config(tmp_path) == what
 
 
+def test_a_ratio_gives_the_hidden_size_back() -> None:
+    """Both peers compute int(width * ratio), which loses one where the product comes out a hair below."""
+    sizes = [(width, hidden) for width in range(16, 160) for hidden in range(width, 6 * width, 7)]
+    assert any(int(width * (hidden / width)) != hidden for width, hidden in sizes)
+    assert all(int(width * sidecar.mlp_ratio(width, hidden)) == hidden for width, hidden in sizes)
+
+
 def test_what_timm_cannot_build(tmp_path: Path) -> None:
     assert "norm=layernorm" in str(sidecar.timm_refusal(Contents("vision", _full("EVA-CLIP-18B"))))
     assert "norm_epsilon" in str(sidecar.timm_refusal(Contents("vision", _full("ViT-H-14"))))
