@@ -141,19 +141,12 @@ def plan_export(rules: Sequence[Rule], ours: Mapping[str, TensorInfo], path: Pat
     return made
 
 
-def plan_import(
-    rules: Sequence[Rule], theirs: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], path: Path | str
-) -> dict[str, TensorInfo]:
-    """Returns what an import makes: our names with shapes and dtypes; nothing is read.
-
-    Args:
-        theirs: what the file at `path` holds.
-        shapes: our names and whole shapes, of the model that the file is taken for.
-
-    Raises:
-        CheckpointError: lists every tensor of theirs that is missing, left over, or of another shape than the model's.
-    """
-    expected = plan_export(rules, {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, path)
+def differences(
+    rules: Sequence[Rule], theirs: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Returns one line for each tensor that keeps `plan_import` from taking a file for this model; none: it fits."""
+    ours = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
+    expected = plan_export(rules, ours, "the model")
     optional = {name for rule in rules if rule.optional for name in rule.theirs}
     faults = [
         f"{name}: missing, must be {list(info.shape)}"
@@ -166,7 +159,24 @@ def plan_import(
         if name in theirs and theirs[name].shape != info.shape
     ]
     explained = expected.keys() | optional
-    faults += [f"{name}: {list(info.shape)} is not explained" for name, info in theirs.items() if name not in explained]
+    return faults + [
+        f"{name}: {list(info.shape)} is not explained" for name, info in theirs.items() if name not in explained
+    ]
+
+
+def plan_import(
+    rules: Sequence[Rule], theirs: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], path: Path | str
+) -> dict[str, TensorInfo]:
+    """Returns what an import makes: our names with shapes and dtypes; nothing is read.
+
+    Args:
+        theirs: what the file at `path` holds.
+        shapes: our names and whole shapes, of the model that the file is taken for.
+
+    Raises:
+        CheckpointError: lists every tensor of theirs that is missing, left over, or of another shape than the model's.
+    """
+    faults = differences(rules, theirs, shapes)
     if faults:
         raise _not_explained(path, faults)
     made: dict[str, TensorInfo] = {}
