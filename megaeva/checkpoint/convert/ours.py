@@ -28,6 +28,13 @@ def shapes(what: Contents) -> dict[str, Shape]:
     return made
 
 
+def layer_norms(cfg: VisionSection) -> tuple[str, str]:
+    """Returns the names of a layer's two norms, the attention's first. EVA calls them norm1 and norm2 either way."""
+    if cfg.norm_position == "post":
+        return "post_attention_layernorm", "post_mlp_layernorm"
+    return "input_layernorm", "pre_mlp_layernorm"
+
+
 def _affine(name: str, weight: Shape, has_bias: bool) -> dict[str, Shape]:
     made = {f"{name}.weight": weight}
     if has_bias:
@@ -42,9 +49,6 @@ def _vision(cfg: VisionSection, embed_dim: int | None) -> Iterator[tuple[str, Sh
     yield from _affine("patch_embed", (width, 3, cfg.patch_size, cfg.patch_size), cfg.patch_bias).items()
     if cfg.ln_pre:
         yield from _affine("ln_pre", (width,), has_norm_bias).items()
-    norms = ("input_layernorm", "pre_mlp_layernorm")
-    if cfg.norm_position == "post":
-        norms = ("post_attention_layernorm", "post_mlp_layernorm")
     gates = 2 if cfg.activation == "swiglu" else 1
     layer: dict[str, Shape] = {}
     if cfg.qkv_bias == "qv":
@@ -54,7 +58,7 @@ def _vision(cfg: VisionSection, embed_dim: int | None) -> Iterator[tuple[str, Sh
     if cfg.sub_ln_mlp:
         layer |= _affine("mlp.inner_norm", (cfg.ffn_hidden_size,), has_norm_bias)
     layer |= _linears(width, cfg.ffn_hidden_size, gates, cfg.qkv_bias == "qkv")
-    for norm in norms:
+    for norm in layer_norms(cfg):
         layer |= _affine(norm, (width,), has_norm_bias)
     yield from _layers(layer, cfg.num_layers)
     yield from _affine("norm", (width,), has_norm_bias).items()

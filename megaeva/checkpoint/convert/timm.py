@@ -10,6 +10,7 @@ from pathlib import Path
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import SafetensorsSink
+from megaeva.checkpoint.convert.ours import layer_norms
 from megaeva.checkpoint.convert.rules import STACKED, Rule, both, copies, for_layers, interleaved, prefixed
 from megaeva.checkpoint.convert.sidecar import read_timm_config, timm_refusal, write_timm_config
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink
@@ -62,20 +63,14 @@ def vision_rules(cfg: VisionSection) -> list[Rule]:
     ]
 
 
-def layer_norms(cfg: VisionSection) -> tuple[str, str]:
-    """Returns our names of a layer's norms that EVA calls norm1 and norm2 wherever they stand."""
-    if cfg.norm_position == "post":
-        return "post_attention_layernorm", "post_mlp_layernorm"
-    return "input_layernorm", "pre_mlp_layernorm"
-
-
 def _rules(what: Contents, names: Collection[str] | None) -> list[Rule]:
     return prefixed(vision_rules(what.model.vision), "vision.", "")
 
 
 def _recognises(names: Collection[str]) -> bool:
-    # A MIM student has the same blocks; it has no head.
-    return "head.weight" in names and any(name.startswith("blocks.") for name in names)
+    # A distilled tower of EVA's own has the same blocks without head, or other names in its MLPs.
+    has_blocks = any(name.startswith("blocks.") for name in names)
+    return has_blocks and ("head.weight" in names or "blocks.0.mlp.fc1_g.weight" in names)
 
 
 def _open_sink(folder: Path, what: Contents, infos: Mapping[str, TensorInfo], shard_bytes: int) -> TensorSink:
