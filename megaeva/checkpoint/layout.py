@@ -1,6 +1,6 @@
 """Names and JSON of a run's checkpoints; no torch import, so the command line reads them at once.
 
-run_dir/checkpoints/step_00001000/   megaeva.json (written last), metadata.json, .metadata, *.distcp, common.pt
+run_dir/checkpoints/step_00001000/   megaeva.json (written last) and the files of torch_dist.py
 run_dir/checkpoints/.writing_*       a save in progress, or one that was killed
 run_dir/checkpoints/.replaced_*      the former step_* of the same number, until the new one has its name
 run_dir/checkpoints/.removing_*      an old one on its way out
@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from megaeva.config.schema import ModelSection
 from megaeva.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+OLDEST_FORMAT = 1  # without checksums and without what says how weights are used; readable as weights, not resumable
 INFO_NAME = "megaeva.json"
 FOLDER_NAME = "checkpoints"
 WRITING, REPLACED, REMOVING = ".writing_", ".replaced_", ".removing_"
@@ -80,9 +81,9 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}: {error}); it must be the JSON that megaeva wrote; "
             f"the checkpoint is damaged, use another one of the run."
         ) from error
-    if written != FORMAT:
+    if not OLDEST_FORMAT <= written <= FORMAT:
         raise CheckpointError(
-            f"{path} has format {written}, this megaeva reads format {FORMAT}; "
+            f"{path} has format {written}, this megaeva reads formats {OLDEST_FORMAT} to {FORMAT}; "
             f"use the megaeva that wrote it ({info.get('versions', {}).get('megaeva', 'unknown')})."
         )
     return info

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 from zlib import crc32
@@ -58,24 +59,31 @@ def state_pieces(
     Args:
         key: the parameter's own.
         start: the first of this rank's elements in the flattened local parameter.
-        state: {name: contiguous tensor of as many elements as this rank has, of any shape}.
+        state: {name: the whole local tensor, or a flat one of the elements from `start` on}.
         is_shard: no other data-parallel rank has these elements; otherwise all have all.
     """
     pieces = []
+    local = tuple(parameter.shape)
+    boxes = _boxes(parameter, grid)
     for name, tensor in state.items():
         own_key = f"optimizer.state.{name}.{key}"
         is_main = (is_sharded(parameter) or grid.tp_rank == 0) if is_shard else _is_writer(own_key, parameter, grid)
-        flat = tensor.detach().view(-1)
-        for offset, shape, elements in flat_boxes(tuple(parameter.shape), start, start + flat.numel()):
-            data = flat[elements].view(shape)
-            for box in _boxes(parameter, grid):
-                shared = overlap(offset, shape, box.local, box.shape)
-                if shared is None:
-                    continue
+        data = tensor.detach()
+        if data.shape == local:
+            parts = [((0,) * len(local), data)]
+        else:
+            flat = data.view(-1)
+            parts = [
+                (offset, flat[elements].view(shape))
+                for offset, shape, elements in flat_boxes(local, start, start + flat.numel())
+            ]
+        for (offset, part), box in product(parts, boxes):
+            shared = overlap(offset, part.shape, box.local, box.shape)
+            if shared is not None:
                 begin, size = shared
-                slices = tuple(slice(b - o, b - o + s) for b, o, s in zip(begin, offset, size, strict=True))
-                whole_offset = tuple(w + b - o for w, b, o in zip(box.offset, begin, box.local, strict=True))
-                pieces.append(Piece(own_key, data[slices], box.whole, whole_offset, is_main))
+                slices = tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, offset, size, strict=True))
+                place = tuple(w + b - o for w, b, o in zip(box.offset, begin, box.local, strict=True))
+                pieces.append(Piece(own_key, part[slices], box.whole, place, is_main))
     return pieces
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,27 +12,29 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megaeva import __version__
-from megaeva.checkpoint import layout, torch_dist
-from megaeva.checkpoint.sharded import sharded_tensors
-from megaeva.checkpoint.weights import assign, open_checkpoint, reading
+from megaeva.checkpoint import layout
+from megaeva.checkpoint.convert.contents import Contents, Preprocess
+from megaeva.checkpoint.convert.sidecar import contents_info
+from megaeva.checkpoint.pieces import Piece, module_pieces, state_pieces
+from megaeva.checkpoint.torch_dist import FileIndex, FileWriter, Reader, first_line, write_index
 from megaeva.config.schema import Config
-from megaeva.errors import CheckpointError, is_lost_peer
-from megaeva.parallel.collectives import gather_objects, together
+from megaeva.data.tokenizer import read_subset
+from megaeva.errors import CheckpointError, UserError, is_lost_peer
+from megaeva.parallel.collectives import RemoteError, gather_or_raise, raise_together, together
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.wrap import Tower
 
 
 class Optimizer(Protocol):
-    """What a checkpoint needs of `megaeva.optim`."""
+    """What a checkpoint needs of `megaeva.optim`; see TowerOptimizers."""
 
     num_steps: int
 
-    def sharded_state_dict(self, model_state: Any, is_loading: bool = False) -> dict[str, Any]: ...
+    def held_state(self, tower: str) -> Iterable[tuple[torch.Tensor, int, Mapping[str, torch.Tensor], bool]]: ...
 
-    def load_state_dict(self, state_dict: Any, num_steps: int) -> None: ...
+    def set_num_steps(self, num_steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LoadedState:
 
     Attributes:
         step: finished optimizer steps; the next one has this number.
-        loader_states: what every data block passed to `save`, in their order; there may be another number now.
+        loader_states: what each data block passed to `save`, in their order; the number of blocks is the saving run's.
         extra: what was passed to `save`.
     """
 
@@ -50,11 +52,29 @@ class LoadedState:
     extra: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Save:
+    """A save that has begun: a hidden folder that every rank writes its file into.
+
+    Attributes:
+        pieces: what this rank writes: views of the live tensors.
+        info: megaeva.json, as of the beginning.
+        num_bytes: of all ranks' pieces.
+    """
+
+    step: int
+    folder: Path
+    pieces: list[Piece]
+    info: dict[str, Any]
+    num_bytes: int
+
+
 class CheckpointStore:
-    """The checkpoints of one run folder. Every rank has one; `save` and `load` are called by all ranks together.
+    """The checkpoints of one run folder. Every rank has one; all but `newest` and `write` is called by all together.
 
     A save is written to a hidden folder, forced to the disk and renamed, so a folder called step_* is always whole.
-    Tensors are stored whole by name, so that any grids of the towers and either kind of optimizer read them.
+    Tensors are stored by their whole names and shapes, so that any grids of the towers and either kind of optimizer
+    read them.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -80,10 +100,31 @@ class CheckpointStore:
         extra: dict[str, Any],
         data_grid: Grid,
     ) -> Path:
-        """Write a checkpoint, then delete those beyond `keep`; returns its folder. All ranks call it.
+        """`begin`, `write` and `publish` in one go, with their arguments and errors; returns the checkpoint's folder."""
+        save = self.begin(
+            step, towers, optimizer, config=config, loader_state=loader_state, extra=extra, data_grid=data_grid
+        )
+        index: FileIndex | Exception
+        try:
+            index = self.write(save, save.pieces)
+        except Exception as error:
+            index = error
+        return self.publish(save, index)
 
-        A checkpoint of the same step is replaced. Cost: the state gathered over data-parallel ranks once, and as many
-        bytes of disk as weights plus 12 a parameter, beside what is kept.
+    def begin(
+        self,
+        step: int,
+        towers: Sequence[Tower],
+        optimizer: Optimizer,
+        *,
+        config: Config,
+        loader_state: dict[str, Any],
+        extra: dict[str, Any],
+        data_grid: Grid,
+    ) -> Save:
+        """Make the hidden folder, and note everything but the tensors as it is now. All ranks call it.
+
+        Cost: no tensor is touched; one exchange of a few kilobytes between ranks. No other save may be in progress.
 
         Args:
             step: finished optimizer steps.
@@ -92,42 +133,95 @@ class CheckpointStore:
             data_grid: its dp axis numbers the data blocks, its tp axis the ranks of one.
 
         Raises:
-            CheckpointError: on every rank, when one cannot write (a full disk). The half-written folder is removed,
+            CheckpointError: on every rank, when the folder cannot be made.
+        """
+        folder = self.folder / (layout.WRITING + layout.step_name(step))
+        error: Exception | None = None
+        pieces = [piece for piece in _pieces(towers, optimizer) if piece.is_main]
+        size = sum(piece.data.numel() * piece.data.element_size() for piece in pieces)
+        clip_ids = None
+        try:
+            if _is_main():
+                subset = config.data.tokenizer_subset
+                clip_ids = None if subset is None else tuple(read_subset(Path(subset)))
+                self.folder.mkdir(parents=True, exist_ok=True)
+                layout.clean(self.folder)
+                folder.mkdir()
+        except Exception as caught:
+            error = caught
+        dims = [piece.whole[0] for piece in pieces if piece.key == "lm_head.weight"]
+        note = (data_grid.dp_rank, loader_state) if data_grid.tp_rank == 0 else None
+        try:
+            gathered = gather_or_raise((note, size, dims), error, _of_rank)
+        except Exception as caught:
+            raise self._failure(folder, caught, size) from caught
+        by_block = dict(note for note, _, _ in gathered if note is not None)
+        teacher_dim = next((dim for _, _, dims in gathered for dim in dims), None)
+        image = Preprocess(resize=config.eval.resize, crop_share=config.eval.crop_share)
+        contents = Contents("clip" if config.task == "contrastive" else "mim", config.model, image, clip_ids=clip_ids)
+        info = {
+            "format": layout.FORMAT,
+            "step": step,
+            "samples": step * config.train.global_batch_size,
+            "task": config.task,
+            **contents_info(contents),
+            "teacher_dim": teacher_dim,
+            "optimizer": config.optim.name,
+            "optimizer_steps": optimizer.num_steps,
+            "versions": versions(),
+            "grids": {
+                t.name: {"tp": t.grid.tp_size, "pp": t.grid.pp_size, "vpp": t.grid.axes.vpp, "dp": t.grid.dp_size}
+                for t in towers
+            },
+            "loader": [by_block[block] for block in sorted(by_block)],
+            "extra": extra,
+            "config": config.model_dump(mode="json"),
+        }
+        return Save(step, folder, pieces, info, sum(size for _, size, _ in gathered))
+
+    @staticmethod
+    def write(save: Save, pieces: Iterable[Piece]) -> FileIndex:
+        """Write this rank's file. Any thread of a rank may call it, on its own; no collective, no message.
+
+        Args:
+            pieces: those of `save`, or the same with copies as their data.
+
+        Raises:
+            OSError: the disk; pass it to `publish`.
+        """
+        writer = FileWriter(save.folder, dist.get_rank())
+        for piece in pieces:
+            writer.write(piece.key, piece.whole, piece.offset, piece.data)
+        return writer.close()
+
+    def publish(self, save: Save, index: FileIndex | Exception) -> Path:
+        """Complete a save whose files are written, give it its name, and delete checkpoints beyond `keep`.
+
+        All ranks call it. A checkpoint of the same step is replaced. Cost: one exchange of about 300 bytes a box.
+
+        Args:
+            index: what this rank's `write` returned or raised.
+
+        Raises:
+            CheckpointError: on every rank, when one has failed (a full disk). The half-written folder is removed,
                 older checkpoints are untouched.
         """
-        final = self.folder / layout.step_name(step)
-        writing = self.folder / (layout.WRITING + final.name)
-        error: Exception | CheckpointException | None = None
-        size = 0
+        final = self.folder / layout.step_name(save.step)
+        failed = isinstance(index, Exception)
         try:
-            # Each part ends with every rank knowing whether all got through it, before a collective of the next part.
-            with _agreed():
+            indexes = gather_or_raise([] if failed else index, index if failed else None, _of_rank)
+            error: Exception | None = None
+            try:
                 if _is_main():
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    layout.clean(self.folder)
-                    writing.mkdir()
-            loader_states = gather_objects((data_grid.dp_rank, loader_state) if data_grid.tp_rank == 0 else None)
-            state = _model_state(towers)
-            state["optimizer"] = optimizer.sharded_state_dict({t.name: state[t.name] for t in towers})
-            size = torch_dist.num_bytes(state)
-            with _agreed():
-                plan = torch_dist.plan_write(state)
-            torch_dist.write(plan, writing)
-            with _agreed():
-                if _is_main():
-                    info = _info(step, towers, optimizer, config, loader_states, extra)
-                    torch_dist.write_mcore_files(writing)
-                    layout.write_durably(writing / layout.INFO_NAME, json.dumps(info, indent=1))
-                    layout.sync_folder(writing)
-                    layout.publish(writing, final)
-        except (Exception, CheckpointException) as caught:  # torch's is a BaseException
-            error = caught
-        if error is not None:
-            if _is_main():
-                shutil.rmtree(writing, ignore_errors=True)
-            if is_lost_peer(error):
-                raise error
-            raise self._save_error(writing, error, size) from error
+                    write_index(save.folder, indexes)
+                    layout.write_durably(save.folder / layout.INFO_NAME, json.dumps(save.info, indent=1))
+                    layout.sync_folder(save.folder)
+                    layout.publish(save.folder, final)
+            except Exception as caught:
+                error = caught
+            raise_together(error, "completing a checkpoint")
+        except Exception as caught:
+            raise self._failure(save.folder, caught, save.num_bytes) from caught
         if _is_main():
             self._drop_old()
         return final
@@ -142,25 +236,26 @@ class CheckpointStore:
     ) -> LoadedState:
         """Read a checkpoint of this model into towers and optimizer, exactly. All ranks call it.
 
+        Every box that is read is held against its checksum.
+
         Args:
             path: from `newest()`.
             config: its task and model must be the checkpoint's.
 
         Raises:
-            CheckpointError: another task or model (before any tensor is read), or a damaged checkpoint.
+            CheckpointError: on every rank: another task or model (before any tensor is read), or a damaged checkpoint.
         """
         with together("opening a checkpoint"):
             info = layout.read_info(path)
+            _check_resumable(path, info)
             _check_same_run(path, info, config)
-            metadata = open_checkpoint(path)
-        state = _model_state(towers)
-        model_keys = {tower.name: dict(state[tower.name]) for tower in towers}
-        state["optimizer"] = optimizer.sharded_state_dict(model_keys, is_loading=True)
-        with reading(path):
-            loaded = torch_dist.read(state, path, metadata)
-        for tower in towers:
-            assign(model_keys[tower.name], loaded[tower.name])
-        optimizer.load_state_dict(loaded.get("optimizer", {}), info["optimizer_steps"])
+            reader = Reader(path)
+            pieces = _pieces(towers, optimizer)
+            _check_pieces(reader, pieces)
+        with together("reading a checkpoint"):
+            reader.read_pieces(pieces)
+        reader.close()
+        optimizer.set_num_steps(info["optimizer_steps"])
         return LoadedState(info["step"], info["loader"], info["extra"])
 
     def _drop_old(self) -> None:
@@ -171,12 +266,17 @@ class CheckpointStore:
             except OSError as error:
                 print(f"warning: cannot delete the old checkpoint {path}: {error}", flush=True)
 
-    def _save_error(self, writing: Path, error: BaseException, size: int) -> CheckpointError:
+    def _failure(self, writing: Path, error: Exception, size: int) -> Exception:
+        """Removes what was written; returns what to raise."""
+        if _is_main():
+            shutil.rmtree(writing, ignore_errors=True)
+        if is_lost_peer(error):
+            return error
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
         newest = self.newest()
         return CheckpointError(
-            f"cannot write checkpoint {writing}: {_first_cause(error)} ({_mib(free)} free, about {_mib(size)} needed "
-            f"by each rank) and must fit beside {self.keep} others; free space, lower save.keep or move run_dir. "
+            f"cannot write checkpoint {writing}: {_cause(error)} ({_mib(free)} free, about {_mib(size)} needed) and "
+            f"must fit beside {self.keep} others; free space, lower save.keep or move run_dir. "
             + (f"The last good checkpoint is untouched: {newest}" if newest else "There is no earlier checkpoint.")
         )
 
@@ -186,41 +286,59 @@ def tower_prefix(name: str) -> str:
     return "" if name == "student" else name + "."
 
 
-def _model_state(towers: Sequence[Tower]) -> dict[str, Any]:
-    return {t.name: sharded_tensors(t.module, tower_prefix(t.name), t.grid) for t in towers}
-
-
-def _info(
-    step: int,
-    towers: Sequence[Tower],
-    optimizer: Optimizer,
-    config: Config,
-    loader_states: list[tuple[int, dict[str, Any]] | None],
-    extra: dict[str, Any],
-) -> dict[str, Any]:
-    by_rank = dict(entry for entry in loader_states if entry is not None)
-    grids = {
-        t.name: {"tp": t.grid.tp_size, "pp": t.grid.pp_size, "vpp": t.grid.axes.vpp, "dp": t.grid.dp_size}
-        for t in towers
-    }
+def versions() -> dict[str, str]:
+    """Of what wrote a checkpoint, for its megaeva.json."""
     return {
-        "format": layout.FORMAT,
-        "step": step,
-        "samples": step * config.train.global_batch_size,
-        "task": config.task,
-        "model": config.model.model_dump(mode="json"),
-        "optimizer": config.optim.name,
-        "optimizer_steps": optimizer.num_steps,
-        "versions": {
-            "megaeva": __version__,
-            "megatron-core": version("megatron-core"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "grids": grids,
-        "loader": [by_rank[rank] for rank in sorted(by_rank)],
-        "extra": extra,
+        "megaeva": __version__,
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
+
+
+def _pieces(towers: Sequence[Tower], optimizer: Optimizer) -> list[Piece]:
+    """All that this rank holds of weights and optimizer state."""
+    pieces: list[Piece] = []
+    for tower in towers:
+        prefix = tower_prefix(tower.name)
+        pieces += module_pieces(tower.module, prefix, tower.grid)
+        keys = {parameter: prefix + name for name, parameter in tower.module.named_parameters()}
+        for parameter, start, state, is_shard in optimizer.held_state(tower.name):
+            pieces += state_pieces(keys[parameter], parameter, start, state, tower.grid, is_shard=is_shard)
+    return pieces
+
+
+def _check_pieces(reader: Reader, pieces: Sequence[Piece]) -> None:
+    """That the checkpoint has every tensor of this rank, in its shape."""
+    found = {key: info.shape for key, info in reader.infos.items()}
+    faults = [
+        f"{key}: checkpoint {list(found[key]) if key in found else 'has none'}, run {list(whole)}"
+        for key, whole in dict.fromkeys((piece.key, piece.whole) for piece in pieces)
+        if found.get(key) != whole
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise CheckpointError(
+            f"{reader.path} does not have what this run continues with; {len(faults)} tensors differ:\n  "
+            + "\n  ".join(faults[:20])
+            + f"{more}\nA resumed run must train the same parameters; set the recipe back, or start a new run_dir with "
+            "init.clip, init.vision or init.text."
+        )
+
+
+def _check_resumable(path: Path, info: dict[str, Any]) -> None:
+    advice = f"start a new run_dir from its weights with init.clip={path} (init.vision in task=mim)."
+    if info["format"] < layout.FORMAT:
+        raise CheckpointError(
+            f"{path} has format {info['format']}, without checksums and with another position in the data; a run can "
+            f"be resumed from format {layout.FORMAT}; finish it with the megaeva that wrote it "
+            f"({info.get('versions', {}).get('megaeva', 'unknown')}), or {advice}"
+        )
+    if "optimizer_steps" not in info:
+        raise CheckpointError(
+            f"{path} was converted from other weights and has no optimizer state; --resume needs a checkpoint that a "
+            f"run saved; {advice}"
+        )
 
 
 def _check_same_run(path: Path, info: dict[str, Any], config: Config) -> None:
@@ -249,34 +367,15 @@ def _is_main() -> bool:
     return dist.get_rank() == 0
 
 
-class _agreed:
-    """A block that, if it raises on one rank, raises on all; for blocks that raise after their collectives."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
-        texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        if error is None and any(texts):
-            rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
-            raise RuntimeError(f"rank {rank}: {text}")
+def _of_rank(rank: int, text: str) -> Exception:
+    return RemoteError(f"rank {rank}: {text}")
 
 
-def _first_cause(error: BaseException) -> str:
-    """The line that says what went wrong: torch wraps the failures of all ranks in one exception."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {_first_cause(cause)}"
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+def _cause(error: Exception) -> str:
+    """What went wrong, in a line."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    line = torch_dist.first_line(error)
-    # torch's zip writer only notices that fewer bytes arrived than it gave.
-    return "a file was cut short, as on a full disk" if "inline_container" in line else line
+    return str(error) if isinstance(error, UserError) else first_line(error)
 
 
 def _mib(num_bytes: int) -> str:

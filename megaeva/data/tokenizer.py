@@ -111,7 +111,7 @@ class Tokenizer:
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for start and end of text")
         full = clip_vocabulary()
-        clip_ids = list(range(len(full.tokens))) if subset is None else _read_subset(Path(subset), len(full.tokens))
+        clip_ids = list(range(len(full.tokens))) if subset is None else read_subset(Path(subset))
         self.context_length = context_length
         self.vocab_size = len(clip_ids)
         self.sot_id, self.eot_id = self.vocab_size - 2, self.vocab_size - 1
@@ -169,7 +169,9 @@ def build_subset(captions: Iterable[str]) -> dict[str, object]:
     return {"source": VOCABULARY_FILE, "num_tokens": len(kept), "clip_ids": sorted(kept)}
 
 
-def _read_subset(path: Path, full_size: int) -> list[int]:
+def read_subset(path: Path) -> list[int]:
+    """CLIP's ids of a vocab.json's tokens, ascending. DataError: it is missing or not such a file."""
+    full_size = len(clip_vocabulary().tokens)
     what_to_do = "write it with `megaeva data emoji OUT`, or leave data.tokenizer_subset out for all of CLIP's tokens"
     try:
         content = json.loads(path.read_bytes())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor
@@ -12,7 +13,7 @@ from megaeva.config.schema import Config, OptimSection
 from megaeva.optim.lamb import Lamb, ShardMap
 from megaeva.optim.param_groups import param_groups
 from megaeva.optim.schedule import LearningRate
-from megaeva.optim.tower_optimizer import ShardedAdam, TowerOptimizers, init_state, main_state
+from megaeva.optim.tower_optimizer import TowerOptimizers, init_state, main_state
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.shards import is_sharded
 from megaeva.parallel.wrap import Tower
@@ -61,7 +62,7 @@ def _tower_optimizer(
     groups: Any = tower.grid.groups
     wrapped: MegatronOptimizer
     if tower.sharded_optimizer:
-        wrapped = ShardedAdam(
+        wrapped = DistributedOptimizer(
             inner,
             config,
             grad_scaler=None,

@@ -1,64 +1,33 @@
-"""The optimizers of all towers as one: global gradient norm, step, and state in a layout no topology shows in."""
+"""The optimizers of all towers as one: global gradient norm, step, and what each rank holds of the state."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-from megaeva.parallel.collectives import all_gather_rows
-
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter, fp32 and of its shape: the main copy and two moments."""
 
-Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
+class HeldState(NamedTuple):
+    """What this rank holds of one parameter's state.
 
-class ShardedAdam(DistributedOptimizer):
-    """mcore's ZeRO-1 optimizer around a torch optimizer with Adam's state."""
+    Attributes:
+        parameter: this rank's piece of the model's parameter.
+        start: the first element held, in the flattened piece.
+        state: {param, exp_avg, exp_avg_sq}: the live fp32 tensors, of the piece's shape or, of a shard, flat.
+        is_shard: each data-parallel rank holds its own elements (ZeRO-1), not all of them.
+    """
 
-    @torch.no_grad()
-    def get_parameter_state_dp_zero(
-        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-    ) -> dict[Any, Any]:
-        """The whole fp32 state of each buffer, {buffer: {dtype: {key: [buffer's size]}}} on the CPU, on every rank.
-
-        What mcore 0.16.1 puts together leaves out the padding between buckets, but its callers index with it: from the
-        second bucket on (only with overlap_grad_reduce) they would save other parameters' numbers. Delete this method
-        when `sharded_param_state_fully_reshardable` passes tests/parallel/test_overlap.py without it.
-        """
-        assert not use_gloo_comm and return_on_all_ranks, "only the calls of sharded_state_dict are served"
-        group = self.data_parallel_group
-        state: dict[Any, Any] = {}
-        for number, (buffer, ranges_by_dtype) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
-            ((dtype, ranges_of_buckets),) = ranges_by_dtype.items()
-            whole = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in STATE_KEYS}
-            for bucket, ranges in zip(buffer.buckets, ranges_of_buckets, strict=True):
-                if empty_data:
-                    break
-                size = bucket.grad_data.numel()
-                local = {key: bucket.grad_data.new_zeros(size // group.size()) for key in STATE_KEYS}
-                for parameter, places in ranges["param_map"].items():
-                    own = main_state(self, parameter)
-                    for key in STATE_KEYS:
-                        local[key][places["gbuf_local"].start : places["gbuf_local"].end] = own[key].flatten()
-                for key, shard in local.items():
-                    gathered = all_gather_rows(shard, group)
-                    whole[key][bucket.offset : bucket.offset + size] = gathered.cpu()
-            state[number] = {dtype: whole}
-        return state
-
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        # mcore 0.16.1 also copies torch AdamW's "step", which the loaded tensors never hold (KeyError). Delete this
-        # method when loading `fully_reshardable` state into torch.optim.AdamW works without it.
-        for key, own in main_state(self, model_param).items():
-            own.copy_(tensors[key])
+    parameter: Tensor
+    start: int
+    state: dict[str, Tensor]
+    is_shard: bool
 
 
 def main_state(optimizer: MegatronOptimizer, parameter: Any) -> dict[str, Tensor]:
@@ -112,62 +81,27 @@ class TowerOptimizers(ChainedOptimizer):
         self.zero_grad()
         return True, norm
 
-    def sharded_state_dict(  # type: ignore[override]
-        self, model_state: Mapping[str, Mapping[str, Sharded]], is_loading: bool = False
-    ) -> dict[str, dict[int, dict[str, Sharded]]]:
-        """Main parameters and moments of each tower in the shape of its parameters, for mcore's dist_checkpointing.
+    def held_state(self, tower: str) -> list[HeldState]:
+        """This rank's state of a tower's parameters, by reference: checkpoints are written from it and read into it.
 
-        Keys are `optimizer.state.<param|exp_avg|exp_avg_sq>.<parameter key>` whichever mcore optimizer is in use, so
-        either reads the other's. Rates, decay and betas are not part of it: they come from the recipe. All ranks call
-        it; saving gathers each tower over its data-parallel ranks (mcore's fully_reshardable).
-
-        Args:
-            model_state: {tower: {key: sharded tensor}}, whose data are the parameters themselves.
-            is_loading: shapes only, to be read into.
+        No collective. Rates, decay and betas are not part of it: they come from the recipe. A tower that is not trained
+        has none. Under the distributed optimizer a 16-bit parameter is not rewritten from its main copy: it must be
+        read as well.
         """
-        state: dict[str, dict[int, dict[str, Sharded]]] = {}
-        for tower, optimizer in self.optimizers.items():
-            if isinstance(optimizer, DistributedOptimizer):
-                # mcore looks parameters up in this dictionary by identity, in the order of its own buffers.
-                state[tower] = optimizer.sharded_param_state_fully_reshardable(
-                    dict(model_state[tower]), is_loading, metadata={}
-                )
-            else:
-                state[tower] = self._whole_state(tower, model_state[tower])
-        return state
+        optimizer = self.optimizers.get(tower)
+        if optimizer is None:
+            return []
+        if not isinstance(optimizer, DistributedOptimizer):
+            return [HeldState(p, 0, main_state(optimizer, p), False) for p in self.parameters[tower]]
+        held = [p for p in self.parameters[tower] if p in optimizer.model_param_group_index_map]
+        starts = [optimizer._get_model_param_range_map(p)["param"].start for p in held]
+        return [HeldState(p, start, main_state(optimizer, p), True) for p, start in zip(held, starts, strict=True)]
 
-    def _whole_state(self, tower: str, model_state: Mapping[str, Sharded]) -> dict[int, dict[str, Sharded]]:
-        sharded = {id(value.data): value for value in model_state.values()}
-        return {
-            index: {
-                key: _like(sharded[id(parameter)], f"optimizer.state.{key}", tensor)
-                for key, tensor in main_state(self.optimizers[tower], parameter).items()
-            }
-            for index, parameter in enumerate(self.parameters[tower])
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Mapping[int, Mapping[str, Tensor]]], num_steps: int) -> None:  # type: ignore[override]
-        """Take over what was read for `sharded_state_dict(..., is_loading=True)`, and the number of updates made.
-
-        The model's parameters must have been loaded before: 16-bit ones are not rewritten from their main copy.
-        """
-        for tower, optimizer in self.optimizers.items():
-            if isinstance(optimizer, DistributedOptimizer):
-                optimizer.load_parameter_state_from_fully_reshardable(dict(state_dict[tower]))
-            else:
-                for index, parameter in enumerate(self.parameters[tower]):
-                    for key, own in main_state(optimizer, parameter).items():
-                        own.copy_(state_dict[tower][index][key])
+    def set_num_steps(self, num_steps: int) -> None:
+        """Set the number of updates made, Adam's t."""
+        for optimizer in self.optimizers.values():
             set_num_steps(optimizer.optimizer, num_steps)
         self.num_steps = num_steps
-
-
-def _like(model_tensor: Sharded, prefix: str, data: Tensor) -> Sharded:
-    changes: dict[str, Any] = {"key": f"{prefix}.{model_tensor.key}", "data": data}
-    if isinstance(model_tensor, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(model_tensor, **changes)
 
 
 def init_state(optimizer: torch.optim.Optimizer) -> None:

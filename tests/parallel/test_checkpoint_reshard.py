@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaeva.checkpoint import torch_dist
+from megaeva.checkpoint import store, torch_dist
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import AxesSection
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, UserError
 from megaeva.optim.build import build_optimizer
 from megaeva.optim.tower_optimizer import STATE_KEYS, main_state
 from megaeva.parallel.runtime import Runtime
@@ -77,8 +77,7 @@ class Run:
         )
 
     def load(self, path: Path) -> None:
-        store = CheckpointStore(path.parents[1], 2)
-        state = store.load(path, self.towers, self.optimizer, config=self.cfg)
+        state = CheckpointStore(path.parents[1], 2).load(path, self.towers, self.optimizer, config=self.cfg)
         assert state.step == self.optimizer.num_steps == 2
         assert state.loader_states == [{"block": block} for block in range(state.extra["blocks"])]
 
@@ -157,31 +156,81 @@ def save_and_load(runtime: Runtime, folder: Path, saving: dict[str, Axes], loadi
 
 
 def fail_on_one_rank(runtime: Runtime, folder: Path) -> list[str]:
-    """A disk that is full for the last rank only: what every rank is told, and that a later save works."""
+    """A disk that is full for one rank only: what every rank is told, and that a later save works."""
     run = Run(runtime, {})
     good = run.save(folder, 1)
     texts = []
-    original = torch_dist.plan_write, torch_dist.dcp.FileSystemWriter.write_data
-    for place in ("plan_write", "write_data"):
 
-        def full(*args: Any, **kwargs: Any) -> Any:
-            if args[0:1] and isinstance(args[0], dict):
-                original[0](*args)  # its collective is behind it
-            raise OSError(28, "No space left on device")
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
 
-        if runtime.rank == runtime.world_size - 1:
-            owner = torch_dist if place == "plan_write" else torch_dist.dcp.FileSystemWriter
-            setattr(owner, place, full)
+    last = runtime.world_size - 1
+    for owner, name, rank in (
+        (store.layout, "clean", 0),
+        (torch_dist.FileWriter, "write", last),
+        (torch_dist.FileWriter, "close", last),
+        (store, "write_index", 0),
+    ):
+        original = getattr(owner, name)
+        if runtime.rank == rank:
+            setattr(owner, name, full)
         try:
             run.save(folder, 2)
         except CheckpointError as error:
             texts.append(str(error))
-        torch_dist.plan_write, torch_dist.dcp.FileSystemWriter.write_data = original  # type: ignore[method-assign]
+        setattr(owner, name, original)
         torch.distributed.barrier()  # rank 0 removes the half-written folder before it raises
         assert [path.name for path in good.parent.iterdir()] == [good.name]
         torch.distributed.barrier()
     run.save(folder, 3)
     return texts
+
+
+def load_damaged(runtime: Runtime, folder: Path) -> list[str]:
+    """Messages of this rank for a byte flipped in the last rank's file, a file too short, and one too few."""
+    run = Run(runtime, {"vision": TP2})
+    path = run.save(folder, 2)
+    file = path / f"__{runtime.world_size - 1}_0.distcp"
+    content = file.read_bytes()
+    texts = []
+    for damaged in (content[:70] + bytes([content[70] ^ 1]) + content[71:], content[:-1], None):
+        dist.barrier()
+        if runtime.is_main:
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+        dist.barrier()
+        for read in (
+            lambda: run.load(path),
+            lambda: load_weights(folder, {tower.name: (tower.module, tower.grid) for tower in run.towers}),
+        ):
+            try:
+                read()
+            except UserError as error:
+                texts.append(str(error))
+    return texts
+
+
+def count_collectives(runtime: Runtime, folder: Path) -> int:
+    """How often a save of towers in shards calls on other ranks."""
+    run = Run(runtime, {"vision": TP2}, name="lamb", precision="bf16", distributed_optimizer=True)
+    run.train(0, 1)
+    calls = 0
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv"))]
+    for name in ["barrier", *names]:
+        if callable(getattr(dist, name)):
+            setattr(dist, name, counted(getattr(dist, name)))
+    run.save(folder, 1)
+    return calls
 
 
 def load_what_does_not_fit(runtime: Runtime, folder: Path) -> list[str]:
@@ -221,8 +270,24 @@ def test_weights_that_do_not_fit_are_judged_over_all_stages(tmp_path: Path) -> N
 
 def test_a_failure_of_one_rank_is_told_to_all(tmp_path: Path) -> None:
     for texts in run_ranks(fail_on_one_rank, 2, tmp_path):
-        assert len(texts) == 2
+        assert len(texts) == 4
         for text in texts:
-            assert "rank 1" in text or "No space" in text
             assert "No space left on device" in text
             assert "step_00000001" in text
+            assert "step_00000002" in text
+
+
+def test_damage_of_one_file_is_told_to_all(tmp_path: Path) -> None:
+    for texts in run_ranks(load_damaged, 2, tmp_path):
+        assert len(texts) == 6
+        for text in texts:
+            assert "__1_0.distcp" in text
+            assert "tensor " in text
+        assert all("CRC-32 is" in text for text in texts[:2])
+        assert all("the file must be whole" in text for text in texts[2:4])
+        assert all("cannot be opened: No such file" in text for text in texts[4:])
+
+
+def test_a_save_gathers_an_index_and_no_tensor(tmp_path: Path) -> None:
+    # What each rank notes at the beginning, the index, and whether it was written.
+    assert run_ranks(count_collectives, 2, tmp_path) == [3, 3]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from megaeva.checkpoint import layout, torch_dist
+from megaeva.checkpoint import layout, store
+from megaeva.checkpoint.convert.sidecar import info_contents
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.store import CheckpointStore, LoadedState
 from megaeva.checkpoint.weights import load_weights
@@ -171,7 +172,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(runtime: Runtime, tmp_path:
     Run(runtime, tmp_path, width=64, seed=1).load(good)
 
 
-@pytest.mark.parametrize("place", ["write_mcore_files", "plan_write"])
+@pytest.mark.parametrize("place", ["FileWriter", "write_index"])
 def test_no_space_outside_the_tensors(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -180,7 +181,7 @@ def test_no_space_outside_the_tensors(
     def full(*args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(torch_dist, place, full)
+    monkeypatch.setattr(store, place, full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*no earlier checkpoint"):
         run.save(1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -227,7 +228,7 @@ def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None
     path = run.save(1)
     (data,) = path.glob("*.distcp")
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="step_00000001 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"step_00000001.__0_0.distcp has \d+ bytes.*the file must be whole"):
         run.load(path)
     (path / "megaeva.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"megaeva\.json cannot be read"):
@@ -243,6 +244,7 @@ def test_metadata_runs_no_code(runtime: Runtime, tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(victim),)
 
+    (path / "checksums.json").unlink()  # they would give it away before
     (path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(CheckpointError, match=r"names (posix|os)\.mkdir"):
         run.load(path)
@@ -260,12 +262,94 @@ def test_mcore_itself_reads_the_folder(runtime: Runtime, tmp_path: Path) -> None
     assert tensors["scale.log_scale"].shape == ()
 
 
+def test_torch_itself_reads_the_folder(runtime: Runtime, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    run = Run(runtime, tmp_path)
+    run.train(0, 1)
+    path = run.save(1)
+    (held,) = (h for h in run.optimizer.held_state("vision") if h.parameter is run.towers[0].module.head.weight)
+    expected = {"vision.head.weight": held.parameter}
+    for name, tensor in held.state.items():
+        expected[f"optimizer.state.{name}.vision.head.weight"] = tensor.view(held.parameter.shape)
+    state = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
+    dcp.load(state, checkpoint_id=path)
+    for key, tensor in expected.items():
+        assert tensor.any()
+        assert torch.equal(state[key], tensor), key
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_is_an_error_that_names_file_and_tensor(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    flip(path / "__0_0.distcp", 70)
+    for read in (run.load, lambda path: load_weights(path, run.vision())):
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp, tensor vision\.pos_embed, .*CRC-32.*expected"):
+            read(path)
+
+
+def test_a_frozen_tower_cannot_be_resumed_as_a_trained_one(runtime: Runtime, tmp_path: Path) -> None:
+    path = Run(runtime, tmp_path, train_scale=False).save(1)
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.state\.param\.scale\.log_scale: checkpoint has none, run \[\]"
+    ):
+        Run(runtime, tmp_path).load(path)
+
+
+def test_a_converted_folder_has_nothing_to_resume(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(0)
+    info = json.loads((path / layout.INFO_NAME).read_text())
+    del info["optimizer"], info["optimizer_steps"]
+    (path / layout.INFO_NAME).write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=r"was converted .* no optimizer state.*init\.clip"):
+        run.load(path)
+
+
+def test_a_checkpoint_before_checksums_gives_weights_only(runtime: Runtime, tmp_path: Path) -> None:
+    """As megaeva 1 wrote it: by torch."""
+    import torch.distributed.checkpoint as dcp
+
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    info = json.loads((path / layout.INFO_NAME).read_text()) | {"format": 1}
+    tensors = {f"vision.{name}": tensor.detach() for name, tensor in run.towers[0].module.named_parameters()}
+    for file in path.iterdir():
+        file.unlink()
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    (path / layout.INFO_NAME).write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=r"has format 1, without checksums .*init\.clip"):
+        run.load(path)
+    other = Run(runtime, tmp_path, seed=1)
+    report = load_weights(path, other.vision())
+    assert report.lines()[0].endswith("tensors loaded (no checksums)")
+    assert torch.equal(other.towers[0].module.head.weight, run.towers[0].module.head.weight)
+
+
+def test_a_newer_format_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(1)
+    info = json.loads((path / layout.INFO_NAME).read_text()) | {"format": 99}
+    (path / layout.INFO_NAME).write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match="has format 99"):
+        run.load(path)
+
+
 def test_information_beside_the_tensors(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     info = json.loads((run.save(3) / layout.INFO_NAME).read_text())
     assert (info["step"], info["samples"], info["task"]) == (3, 24, "contrastive")
     assert info["loader"] == [{"at": 3}]
     assert info["grids"] == {name: {"tp": 1, "pp": 1, "vpp": 1, "dp": 1} for name in ("vision", "text", "scale")}
+    assert (info["kind"], info["clip_ids"], info["teacher_dim"]) == ("clip", None, None)
+    assert info_contents(tmp_path, info).model == run.cfg.model
+    assert Config.model_validate(info["config"]) == run.cfg
     assert read_model_section(tmp_path) == run.cfg.model
     assert read_model_section(tmp_path / "checkpoints" / "step_00000003") == run.cfg.model
 
