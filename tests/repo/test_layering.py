@@ -20,7 +20,7 @@ LEVELS: dict[str, int] = {
             ("errors", "config", "ops"),
             ("parallel", "observability", "data"),
             ("model", "losses", "optim", "checkpoint"),
-            ("tasks", "eval", "planning", "doctor"),
+            ("tasks", "eval", "planning", "doctor", "export"),
             ("trainer",),
             ("train", "loop", "cli", "bench"),
         ]

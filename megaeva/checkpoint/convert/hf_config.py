@@ -294,10 +294,10 @@ def _write_processor(folder: Path, what: Contents) -> None:
         "image_std": list(image.std),
     }
     write_json(folder / PREPROCESSOR, preprocessor)
-    _write_tokenizer(folder, exported_text(what))
+    write_tokenizer(folder, exported_text(what))
 
 
-def _write_tokenizer(folder: Path, text: TextSection) -> None:
+def write_tokenizer(folder: Path, text: TextSection) -> None:
     """CLIP's merges under Hugging Face's names; theirs cleans captions less (no ftfy, no HTML entities)."""
     from megaeva.data.tokenizer import clip_vocabulary
 
