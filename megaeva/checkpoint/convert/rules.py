@@ -122,6 +122,13 @@ def plan_export(rules: Sequence[Rule], ours: Mapping[str, TensorInfo], path: Pat
     Raises:
         CheckpointError: lists the tensors of ours (at `path`) that no row takes, and those that a row wants.
     """
+    made, faults = _exported_infos(rules, ours)
+    if faults:
+        raise _not_explained(path, faults)
+    return made
+
+
+def _exported_infos(rules: Sequence[Rule], ours: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
     faults: list[str] = []
     made: dict[str, TensorInfo] = {}
     used: set[str] = set()
@@ -135,10 +142,7 @@ def plan_export(rules: Sequence[Rule], ours: Mapping[str, TensorInfo], path: Pat
         if rule.written:
             outs = rule.transform.to_theirs(*(ours[name].meta() for name in rule.ours))
             made |= {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in zip(rule.theirs, outs, strict=True)}
-    faults += [f"{name}: the format has no place for it" for name in ours if name not in used]
-    if faults:
-        raise _not_explained(path, faults)
-    return made
+    return made, faults + [f"{name}: the format has no place for it" for name in ours if name not in used]
 
 
 def differences(
@@ -146,9 +150,9 @@ def differences(
 ) -> list[str]:
     """Returns one line for each tensor that keeps `plan_import` from taking a file for this model; none: it fits."""
     ours = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
-    expected = plan_export(rules, ours, "the model")
+    expected, faults = _exported_infos(rules, ours)
     optional = {name for rule in rules if rule.optional for name in rule.theirs}
-    faults = [
+    faults += [
         f"{name}: missing, must be {list(info.shape)}"
         for name, info in expected.items()
         if name not in theirs and name not in optional
