@@ -125,7 +125,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ViT-L-14-336-quickgelu": _pair(
         768, _clip(336, 14, 1024, 24, 16, 4096, "quick_gelu"), _text(768, 12, 12, "quick_gelu")
     ),
-    # OpenCLIP laion2b weights; of the 336 px L/14 no GELU weights are published, but open_clip has its name.
+    # The same towers with GELU: OpenCLIP laion2b weights, and what open_clip builds under these names.
     "ViT-B-32": _pair(512, _clip(224, 32, 768, 12, 12, 3072), _text(512, 12, 8)),
     "ViT-B-16": _pair(512, _clip(224, 16, 768, 12, 12, 3072), _text(512, 12, 8)),
     "ViT-L-14": _pair(768, _clip(224, 14, 1024, 24, 16, 4096), _text(768, 12, 12)),

@@ -1,21 +1,26 @@
 """Shrunken towers give the outputs of open_clip and timm with the same random weights."""
 
+from functools import partial
 from typing import Any
 
 import open_clip
 import pytest
+import timm.layers
 import timm.models.eva
 import torch
 from torch import nn
 
 from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.eva import MIM, NATIVE
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.open_clip import OPEN_CLIP
-from megaeva.checkpoint.convert.rules import convert_state
+from megaeva.checkpoint.convert.rules import StateSource, convert_state, exported
 from megaeva.checkpoint.convert.timm import TIMM
 from megaeva.config.schema import ModelSection
+from megaeva.config.variants import VARIANTS
 from megaeva.errors import CheckpointError
-from megaeva.model import CLIPModel, VisionTower, build_clip
+from megaeva.model import CLIPModel, MIMStudent, VisionTower, build_clip
+from tests.helpers.exports import random_clip, state_of
 from tests.helpers.tiny import example_images, example_tokens, full_shapes, load_full, random_state, single_grid, tiny
 
 TOLERANCE = 1e-5  # fp32, outputs of order one
@@ -48,19 +53,19 @@ def _open_clip_model(cfg: ModelSection) -> Any:
     return model.eval()
 
 
-def _timm_trunk(cfg: ModelSection) -> Any:
-    """timm's Eva with the arguments of its eva02_*_clip_224 entry points, at `cfg`'s sizes."""
+def _timm_trunk(cfg: ModelSection, **other: Any) -> Any:
+    """timm's Eva with the arguments of its eva02_*_clip_224 entry points, at `cfg`'s sizes; `other` on top."""
     vision = cfg.vision
-    flags = (
-        {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True,
-         "ref_feat_shape": (16, 16)}
-        if vision.rope
-        else {"use_post_norm": True}
-    )  # fmt: skip
+    flags: dict[str, Any] = {"use_post_norm": vision.norm_position == "post", "qkv_bias": vision.qkv_bias == "qv"}
+    if vision.rope:
+        flags |= {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True,
+                  "use_rot_pos_emb": True, "ref_feat_shape": (16, 16)}  # fmt: skip
+    if vision.norm == "rmsnorm":
+        flags["norm_layer"] = partial(timm.layers.RmsNorm, eps=vision.norm_epsilon)
     trunk = timm.models.eva.Eva(
         img_size=vision.image_size, patch_size=vision.patch_size, embed_dim=vision.hidden_size,
         depth=vision.num_layers, num_heads=vision.num_heads, mlp_ratio=vision.ffn_hidden_size / vision.hidden_size,
-        num_classes=cfg.embed_dim, global_pool="token", **flags,
+        **{"num_classes": cfg.embed_dim, "global_pool": "token", **flags, **other},
     )  # fmt: skip
     _randomise(trunk)
     return trunk.eval()
@@ -170,6 +175,52 @@ def test_patch_dropout_gathers_rotary_angles() -> None:
             expected = trunk.head(trunk.norm(hidden)[:, 0])
             assert (ours[row] - expected[0]).abs().max() < TOLERANCE
         assert (ours - tower(image)).abs().max() > 1e-2
+
+
+EVA = [name for name in VARIANTS if name.startswith("EVA")]
+
+
+@pytest.mark.parametrize("variant", EVA)
+@torch.no_grad()
+def test_eva_files_read_by_timm(variant: str) -> None:
+    """Our export in EVA-CLIP's own names, through timm's reader of such files; no head bias there is one of zero."""
+    cfg = tiny(variant)
+    ours = random_clip(cfg)
+    native = dict(exported(NATIVE.rules(Contents("clip", cfg), None), StateSource(state_of(ours))))
+    trunk = _timm_trunk(cfg)
+    trunk.head.bias.zero_()
+    found = trunk.load_state_dict(timm.models.eva.checkpoint_filter_fn(native, trunk), strict=False)
+    assert found.unexpected_keys == []
+    assert found.missing_keys == ([] if cfg.vision.head_bias else ["head.bias"])
+    image = example_images(cfg)
+    assert (ours.encode_image(image) - trunk(image)).abs().max() < TOLERANCE
+    # The text names are those of an open_clip CustomTextCLIP.
+    text_side = _open_clip_model(cfg)
+    texts = {name.removeprefix("text."): tensor for name, tensor in native.items() if name.startswith("text.")}
+    found = text_side.load_state_dict(texts, strict=False)
+    assert found.unexpected_keys == [] and all(
+        name.startswith(("visual.", "logit_scale")) for name in found.missing_keys
+    )
+    token = example_tokens(cfg)
+    assert (ours.encode_text(token) - text_side.encode_text(token)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", EVA)
+@torch.no_grad()
+def test_distilled_towers_read_by_timm(variant: str) -> None:
+    """As asuka saves them: no inner norm in attention, mask token and lm_head beside the tower."""
+    cfg = tiny(variant, sub_ln_attention=False)
+    grid = single_grid()
+    student = MIMStudent(cfg.vision, 12, grid=grid).eval()
+    load_full(student, random_state(full_shapes(student), seed=5), grid)
+    what = Contents("mim", cfg, teacher_dim=12)
+    bare = dict(exported(MIM.rules(what, None), StateSource(state_of(student))))
+    assert {"mask_token", "lm_head.weight", "lm_head.bias"} < bare.keys()
+    # timm takes the norm for one behind the pooling, where it does the same to the cls token.
+    trunk = _timm_trunk(cfg, num_classes=0, use_fc_norm=True, use_post_transformer_norm=False, scale_attn_inner=False)
+    trunk.load_state_dict(timm.models.eva.checkpoint_filter_fn(bare, trunk), strict=True)
+    image = example_images(cfg)
+    assert (student.vision.tokens(image)[:, 0] - trunk(image)).abs().max() < TOLERANCE
 
 
 def test_an_unexplained_tensor_is_an_error() -> None:
