@@ -58,19 +58,19 @@ class Save:
 
     Attributes:
         pieces: what this rank writes: views of the live tensors.
-        info: megaeva.json, as of the beginning.
+        info: the text of megaeva.json, as of the beginning.
         num_bytes: of all ranks' pieces.
     """
 
     step: int
     folder: Path
     pieces: list[Piece]
-    info: dict[str, Any]
+    info: str
     num_bytes: int
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. Every rank has one; all but `newest` and `write` is called by all together.
+    """The checkpoints of one run folder. Every rank has one; what any may call alone says so.
 
     A save is written to a hidden folder, forced to the disk and renamed, so a folder called step_* is always whole.
     Tensors are stored by their whole names and shapes, so that any grids of the towers and either kind of optimizer
@@ -100,16 +100,22 @@ class CheckpointStore:
         extra: dict[str, Any],
         data_grid: Grid,
     ) -> Path:
-        """`begin`, `write` and `publish` in one go, with their arguments and errors; returns the checkpoint's folder."""
+        """A save in one go; arguments and errors are `begin`'s and `collect`'s. Returns the checkpoint's folder."""
         save = self.begin(
             step, towers, optimizer, config=config, loader_state=loader_state, extra=extra, data_grid=data_grid
         )
-        index: FileIndex | Exception
+        written: FileIndex | Exception
+        completed: Exception | None = None
         try:
-            index = self.write(save, save.pieces)
+            written = self.write(save, save.pieces)
         except Exception as error:
-            index = error
-        return self.publish(save, index)
+            written = error
+        indexes = self.collect(save, written)
+        try:
+            self.complete(save, indexes)
+        except Exception as error:
+            completed = error
+        return self.conclude(save, completed)
 
     def begin(
         self,
@@ -177,7 +183,7 @@ class CheckpointStore:
             "extra": extra,
             "config": config.model_dump(mode="json"),
         }
-        return Save(step, folder, pieces, info, sum(size for _, size, _ in gathered))
+        return Save(step, folder, pieces, json.dumps(info, indent=1), sum(size for _, size, _ in gathered))
 
     @staticmethod
     def write(save: Save, pieces: Iterable[Piece]) -> FileIndex:
@@ -187,44 +193,67 @@ class CheckpointStore:
             pieces: those of `save`, or the same with copies as their data.
 
         Raises:
-            OSError: the disk; pass it to `publish`.
+            OSError: the disk; pass it to `collect`.
         """
         writer = FileWriter(save.folder, dist.get_rank())
-        for piece in pieces:
-            writer.write(piece.key, piece.whole, piece.offset, piece.data)
-        return writer.close()
+        try:
+            for piece in pieces:
+                writer.write(piece.key, piece.whole, piece.offset, piece.data)
+            return writer.close()
+        finally:
+            writer.abort()
 
-    def publish(self, save: Save, index: FileIndex | Exception) -> Path:
-        """Complete a save whose files are written, give it its name, and delete checkpoints beyond `keep`.
-
-        All ranks call it. A checkpoint of the same step is replaced. Cost: one exchange of about 300 bytes a box.
+    def collect(self, save: Save, written: FileIndex | Exception) -> list[FileIndex]:
+        """What the files of all ranks hold. All ranks call it. Cost: one exchange of about 300 bytes a box.
 
         Args:
-            index: what this rank's `write` returned or raised.
+            written: what this rank's `write` returned or raised.
 
         Raises:
             CheckpointError: on every rank, when one has failed (a full disk). The half-written folder is removed,
                 older checkpoints are untouched.
         """
-        final = self.folder / layout.step_name(save.step)
-        failed = isinstance(index, Exception)
+        own, failed = ([], written) if isinstance(written, Exception) else (written, None)
         try:
-            indexes = gather_or_raise([] if failed else index, index if failed else None, _of_rank)
-            error: Exception | None = None
-            try:
-                if _is_main():
-                    write_index(save.folder, indexes)
-                    layout.write_durably(save.folder / layout.INFO_NAME, json.dumps(save.info, indent=1))
-                    layout.sync_folder(save.folder)
-                    layout.publish(save.folder, final)
-            except Exception as caught:
-                error = caught
-            raise_together(error, "completing a checkpoint")
+            return gather_or_raise(own, failed, _of_rank)
         except Exception as caught:
             raise self._failure(save.folder, caught, save.num_bytes) from caught
+
+    def complete(self, save: Save, indexes: Sequence[FileIndex]) -> None:
+        """On rank 0 write the index, give the checkpoint its name, and delete those beyond `keep`; no collective.
+
+        A checkpoint of the same step is replaced. Any thread of a rank may call it; on other ranks it does nothing.
+
+        Raises:
+            OSError: the disk; pass it to `conclude`.
+        """
         if _is_main():
+            write_index(save.folder, indexes)
+            layout.write_durably(save.folder / layout.INFO_NAME, save.info)
+            layout.sync_folder(save.folder)
+            layout.publish(save.folder, self.folder / layout.step_name(save.step))
             self._drop_old()
-        return final
+
+    def conclude(self, save: Save, failed: Exception | None) -> Path:
+        """The folder of a completed save. All ranks call it.
+
+        Args:
+            failed: what this rank's `complete` raised.
+
+        Raises:
+            CheckpointError: as in `collect`.
+        """
+        try:
+            raise_together(failed, "completing a checkpoint")
+        except Exception as caught:
+            raise self._failure(save.folder, caught, save.num_bytes) from caught
+        return self.folder / layout.step_name(save.step)
+
+    @staticmethod
+    def discard(save: Save) -> None:
+        """Remove what is left of a save that will not be concluded. Rank 0 does it; no collective."""
+        if _is_main():
+            shutil.rmtree(save.folder, ignore_errors=True)
 
     def load(
         self,
