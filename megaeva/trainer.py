@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Trainer:
     """One run of one recipe on the ranks of this job. All ranks construct it and call `fit` together.
 
-    Everything random is a function of (seed, step, microbatch, data rank) or of a sample's place in the stream, so a
+    Everything random is a function of (seed, step, microbatch) or of a sample's place in the stream, so a
     checkpoint needs no RNG state: step, weights, optimizer and the loader's position continue a run bit for bit.
 
     Args:
@@ -112,10 +112,10 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
-        step, seed, data_rank = self.next_step, self.cfg.seed, self.task.grid.dp_rank
+        step, seed = self.next_step, self.cfg.seed
         rates = self.learning_rate.set(step)
         try:
-            loss = self.task.step(batch, lambda index: seed_pass(seed, step, index, data_rank)).item()
+            loss = self.task.step(batch, lambda microbatch: seed_pass(seed, step, microbatch)).item()
         except FeatureError as error:  # raised on every rank
             self._stop_on(str(error), batch)
         if not math.isfinite(loss):

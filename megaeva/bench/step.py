@@ -210,7 +210,7 @@ class MegatronStep:
 
     def __call__(self) -> float:
         self.learning_rate.set(self.num_steps)
-        loss = self.task.step(self.batch, lambda index: seed_pass(self.cfg.seed, self.num_steps, index, 0)).item()
+        loss = self.task.step(self.batch, lambda index: seed_pass(self.cfg.seed, self.num_steps, index)).item()
         self.optimizer.step()
         self.task.after_step()
         self.num_steps += 1

@@ -24,7 +24,7 @@ class Pass:
         num_tokens: of the whole sequence, without the padding of sequence parallelism.
         seed: torch.initial_seed() at the time of the pass; what is drawn follows from it and from the place of the draw
             alone, so it is the same for every tp, sequence parallelism, pp, vpp and recompute, and moves no generator.
-            The data rank and the microbatch are part of the seed, see `seed_pass`.
+            The microbatch is part of the seed, see `seed_pass`.
     """
 
     num_tokens: int

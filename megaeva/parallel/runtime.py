@@ -84,12 +84,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def seed_pass(seed: int, step: int, microbatch: int, data_rank: int) -> None:
+def seed_pass(seed: int, step: int, microbatch: int) -> None:
     """Seeds torch's default generators, as a pure function of the arguments.
+
+    `microbatch` counts over the global batch, so that the same samples draw the same on any number of data ranks.
 
     The model draws nothing from them: drop path draws from generators derived from this seed and the layer's number,
     alike on all ranks of a data rank. A resumed run and a replayed forward pass therefore need no saved generator
     state.
     """
-    key = f"{seed}/{step}/{microbatch}/{data_rank}".encode()
+    key = f"{seed}/{step}/{microbatch}".encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)

@@ -7,7 +7,7 @@ loss (contrastive) needs the features of the whole batch before any gradient exi
     (ii)  the loss of all features gives dL/dfeature;
     (iii) forward and backward each microbatch again with the surrogate sum(feature * dL/dfeature).
 
-`seed_pass` makes the randomness of a pass a function of (seed, step, microbatch, rank), so (iii) repeats (i) exactly.
+`seed_pass` makes the randomness of a pass a function of (seed, step, microbatch), so (iii) repeats (i) exactly.
 A tower with one microbatch and no pipeline gains nothing by that and keeps the graph of (i) for (iii).
 
 Gradient scale: shares sum (see wrap.py), so neither the number of microbatches nor a tower's data-parallel size
@@ -45,7 +45,7 @@ class Part(Generic[Sample]):
             the last one the tower's output.
         num_stage_tokens: S of the hidden states between stages, before it is cut over tp.
         embed_dim: width of the output rows.
-        first_index: number of the first microbatch, so that towers' data ranks which share samples seed differently.
+        first_index: number of the first microbatch in the global batch, for the seeds.
         send: called with this rank's rows of a global step as soon as they are known, before the next part runs.
     """
 

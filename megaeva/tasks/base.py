@@ -29,7 +29,7 @@ class Task(Protocol):
 
         Args:
             batch: the samples of this data block, on the CPU; a tower takes what it needs to the device.
-            seed_pass: (number of a microbatch in the block) -> None; seeds what its pass draws.
+            seed_pass: (number of a microbatch in the global batch) -> None; seeds what its pass draws.
         """
         ...
 

@@ -24,7 +24,7 @@ from megaeva.parallel.grid import Grid, build_grids
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import Part, global_step
 from megaeva.parallel.wrap import Tower, wrap
-from megaeva.tasks.share import own_microbatches, share_number
+from megaeva.tasks.share import own_microbatches
 
 
 class Contrastive:
@@ -120,7 +120,7 @@ class Contrastive:
             self._vision_forward,
             num_stage_tokens=self.model.vision.num_stage_tokens(batch.keep_BK),
             embed_dim=self.cfg.model.embed_dim,
-            first_index=len(batches) * share_number(grid, self.grid),
+            first_index=len(batches) * grid.dp_rank,
         )
 
     def _vision_forward(self, part: Batch, hidden: Tensor | None, chunk: int) -> Tensor:

@@ -90,8 +90,8 @@ class MIM:
         target_ME = self.targets(batch)
         batches = own_microbatches(batch, grid, self.grid, self.cfg)
         counts = [int(part.mask_BN.sum()) for part in batches if part.mask_BN is not None]
-        first_index = len(batches) * share_number(grid, self.grid)
-        before = int(batch.mask_BN[: len(batches[0]) * first_index].sum())
+        first_of_block = len(batches) * share_number(grid, self.grid)
+        before = int(batch.mask_BN[: len(batches[0]) * first_of_block].sum())
         own_targets = target_ME[before : before + sum(counts)].split(counts)
         (self.num_global_tokens,) = all_sum([float(sum(counts))], self.runtime, grid.groups.dp)
         part = Part(
@@ -100,7 +100,7 @@ class MIM:
             self._student_forward,
             num_stage_tokens=self.student.vision.num_stage_tokens(None),
             embed_dim=self.teacher_dim,
-            first_index=first_index,
+            first_index=len(batches) * grid.dp_rank,
         )
         loss_share = local_step(
             part,

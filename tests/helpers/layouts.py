@@ -24,8 +24,8 @@ class Layout:
         distributed_optimizer, overlap: of gradients and of parameters; as in the recipe.
         num_samples: of a global batch.
         num_layers, num_heads: of the vision tower, whose widths follow the heads.
-        plain_blocks: a single process that stands for this many data blocks and seeds its passes as they would; it
-            computes the step by definition, without schedules (`parallel_runs.plain_step`). None: the product's step.
+        plain_blocks: a single process that stands for this many data blocks; it computes the step by definition,
+            without schedules (`parallel_runs.plain_step`). None: the product's step.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The same training on any layout of ranks, through the product's own code, and by definition on a single process.
 
-A run's randomness (drop path) is a function of the pass: (data block, number in the block). Whatever the layout, pass k
+A run's randomness (drop path) is a function of the pass: its number in the global batch. Whatever the layout, pass k
 sees the same samples in the same order, so a single process that makes the same passes, seeded as the layout seeds
 them, must compute the same.
 """
@@ -205,15 +205,13 @@ def run_case(runtime: Runtime, case: Case) -> Run:
         if tower.name != "scale":
             fill(tower.module, tower.grid)
     optimizer, learning_rate = build_optimizer(task.towers, cfg)
-    first_block, passes_of_block = task.grid.dp_rank, layout.num_passes // layout.num_blocks
     losses, norms = [], []
     gradients: Tensors = {}
     first: Tensors = {}
     for step in range(case.num_steps):
 
-        def seed(index: int, step: int = step) -> None:
-            block, number = divmod(index, passes_of_block)
-            seed_pass(SEED, step, number, first_block + block)
+        def seed(microbatch: int, step: int = step) -> None:
+            seed_pass(SEED, step, microbatch)
 
         batch = whole_batch(cfg, step).split(layout.num_samples // task.grid.dp_size)[task.grid.dp_rank]
         learning_rate.set(step)

@@ -46,12 +46,12 @@ def replayed_and_direct(runtime: Runtime) -> tuple[dict[str, Tensor], dict[str, 
     """Gradients and loss of four microbatches by `global_step`, and by one graph over all of them."""
     task = Contrastive(recipe(ParallelSection(distributed_optimizer=False), "fp32", 2), runtime)
     batch = own_batch(task.grid)
-    loss = task.step(batch, lambda index: seed_pass(0, 5, index, 0))
+    loss = task.step(batch, lambda index: seed_pass(0, 5, index))
     parameters = {f"{t.name}.{n}": p for t in task.towers for n, p in t.module.named_parameters()}
     by_step = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
     features = []
     for index, part in enumerate(batch.split(2)):
-        seed_pass(0, 5, index, 0)
+        seed_pass(0, 5, index)
         # Text first, as in the step's loss.
         features.append((task.model.encode_text(part.token_BL), task.model.encode_image(part.image_BCHW)))
     exact = task.loss(*(torch.cat(modality) for modality in zip(*features, strict=True)))
@@ -86,7 +86,7 @@ def train(runtime: Runtime, precision: str, micro_batch_size: int) -> list[dict[
         batch = own_batch(task.grid)
         for step in range(STEPS):
             rate.set(step)
-            task.step(batch, lambda index, step=step, rank=task.grid.dp_rank: seed_pass(0, step, index, rank))
+            task.step(batch, lambda index, step=step: seed_pass(0, step, index))
             assert optimizer.step()[0]
             task.after_step()
         finish_parameter_gather(task.towers)

@@ -50,7 +50,7 @@ def train(runtime: Runtime) -> list[list[dict[str, float]]]:
         steps = []
         for step in range(STEPS):
             rate.set(step)
-            value = task.step(batch, lambda index, step=step, rank=task.grid.dp_rank: seed_pass(0, step, index, rank))
+            value = task.step(batch, lambda index, step=step: seed_pass(0, step, index))
             assert optimizer.step()[0]
             steps.append({"loss": value.item()} | task.after_step())
         runs.append(steps)

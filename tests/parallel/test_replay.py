@@ -44,7 +44,7 @@ def features_of_both_passes(runtime: Runtime, axes: AxesSection, forget_seed: bo
     for name in seen:
         getattr(task, name).ddp.register_forward_hook(lambda *args, name=name: seen[name].append(args[2].detach()))
     drawn = iter(range(1000))
-    task.step(whole_batch(), lambda index: seed_pass(0, next(drawn) if forget_seed else 0, index, 0))
+    task.step(whole_batch(), lambda index: seed_pass(0, next(drawn) if forget_seed else 0, index))
     return seen
 
 
@@ -86,7 +86,7 @@ def events_of_a_step(runtime: Runtime) -> list[str]:
         return start_gather(*args)
 
     contrastive.start_gather = gather  # type: ignore[attr-defined]
-    task.step(whole_batch(), lambda index: seed_pass(0, 0, index, 0))
+    task.step(whole_batch(), lambda index: seed_pass(0, 0, index))
     return events
 
 

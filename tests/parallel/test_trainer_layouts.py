@@ -13,7 +13,6 @@ from torch import Tensor
 from megaeva.checkpoint.weights import load_weights
 from megaeva.config.schema import Config
 from megaeva.data.synthetic import make_shards
-from megaeva.errors import CheckpointError
 from megaeva.eval.run import evaluate_run
 from megaeva.model.clip_model import build_clip
 from megaeva.observability.metrics import read_metrics
@@ -104,13 +103,10 @@ def train_layouts(runtime: Runtime, folder: Path) -> dict[str, dict[str, Tensor]
     return weights
 
 
-def change_layout(runtime: Runtime, folder: Path) -> str:
-    """Continues the run of pp2 on other layouts; returns the refusal of the one with more data blocks."""
+def change_layout(runtime: Runtime, folder: Path) -> None:
+    """Continues the run of pp2 on another layout."""
     cut_after(runtime, folder / "pp2", folder / "moved")
-    with pytest.raises(CheckpointError) as refusal:
-        train(recipe(folder, "moved", {}), runtime, resume=True)
     train(recipe(folder, "moved", CONTRASTIVE["tp2_sp"]), runtime, resume=True)
-    return str(refusal.value)
 
 
 def start_from(runtime: Runtime, folder: Path) -> dict[str, Tensor]:
@@ -119,10 +115,12 @@ def start_from(runtime: Runtime, folder: Path) -> dict[str, Tensor]:
     return whole_weights(Trainer(cfg, runtime, resume=False, recipe_changes=[]).task.towers)
 
 
-def on_two_ranks(runtime: Runtime, folder: Path) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, Tensor]]:
+def on_two_ranks(runtime: Runtime, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     # Process groups hold threads as long as the process lives; all runs share those of equal axes.
     grid_module.build_grid = functools.cache(grid_module.build_grid)
-    return train_layouts(runtime, folder), change_layout(runtime, folder), start_from(runtime, folder)
+    weights = train_layouts(runtime, folder)
+    change_layout(runtime, folder)
+    return weights, start_from(runtime, folder)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(folder: Path) -> list[tuple[dict[str, dict[str, Tensor]], str, dict[str, Tensor]]]:
+def job(folder: Path) -> list[tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]]:
     return run_ranks(on_two_ranks, 2, folder)
 
 
@@ -170,7 +168,7 @@ def test_a_resumed_run_repeats_every_figure(folder: Path, job: Any, layout: str)
 @pytest.mark.parametrize("layout", CONTRASTIVE)
 def test_the_checkpoint_holds_the_weights_after_the_last_step(folder: Path, job: Any, layout: str) -> None:
     end = read_whole(folder / layout)
-    for weights, *_ in job:
+    for weights, _ in job:
         assert weights[layout].keys() == end.keys()
         for name, value in end.items():
             assert torch.equal(weights[layout][name], value), name
@@ -181,14 +179,10 @@ def test_the_checkpoint_holds_the_weights_after_the_last_step(folder: Path, job:
 def test_a_run_continues_on_another_layout(folder: Path, job: Any) -> None:
     for here, there in zip(figures(folder / "moved"), figures(folder / "one_rank"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4) if "loss" in here else here == there
-    for _, refusal, _ in job:
-        assert "data blocks (ranks that read the same samples): 1 then, 2 now" in refusal
-        assert "with 1 process on these axes" in refusal
-        assert "init.clip=" in refusal
 
 
 def test_stages_hand_their_weights_on_to_tensor_parallel_ranks(job: Any) -> None:
-    for weights, _, begun in job:
+    for weights, begun in job:
         assert begun.keys() == weights["pp2"].keys()
         for name, value in begun.items():
             assert torch.equal(value, weights["pp2"][name]), name

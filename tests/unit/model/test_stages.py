@@ -39,7 +39,7 @@ def _run(towers: list[Any], axes: AxesSection, image: Tensor, samples: Tensor) -
     """The last virtual stage's output; every pass is seeded as a schedule would."""
     hidden = None
     for stage in range(axes.pp * axes.vpp):
-        seed_pass(0, 0, 0, 0)
+        seed_pass(0, 0, 0)
         tower = towers[stage % axes.pp]
         hidden = tower(image if stage == 0 else None, samples, hidden=hidden, chunk=stage // axes.pp)
         if stage < axes.pp * axes.vpp - 1:

@@ -55,10 +55,10 @@ def test_seeds_are_a_function_of_their_arguments() -> None:
         seed_pass(*args)
         return torch.rand(()).item()
 
-    first = draw(1, 2, 3, 0)
-    assert first == draw(1, 2, 3, 0)
-    others = [draw(1, 2, 3, 1), draw(1, 2, 4, 0), draw(1, 3, 3, 0), draw(2, 2, 3, 0), draw(12, 3, 0, 0)]
-    assert len({first, *others}) == 6
+    first = draw(1, 2, 3)
+    assert first == draw(1, 2, 3)
+    others = [draw(1, 2, 4), draw(1, 3, 3), draw(2, 2, 3), draw(12, 3, 0)]
+    assert len({first, *others}) == 5
 
 
 def _fails_on_one(this: Runtime) -> None:
