@@ -328,7 +328,7 @@ def test_a_checkpoint_before_checksums_gives_weights_only(runtime: Runtime, tmp_
         run.load(path)
     other = Run(runtime, tmp_path, seed=1)
     report = load_weights(path, other.vision())
-    assert report.lines()[0].endswith("tensors loaded (no checksums)")
+    assert any("note: no checksums" in line for line in report.lines())
     assert torch.equal(other.towers[0].module.head.weight, run.towers[0].module.head.weight)
 
 
