@@ -62,7 +62,7 @@ def surroundings(dtype: torch.dtype, shape: tuple[int, ...], checksum: int) -> t
 
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _local_header(name: bytes, size: int, checksum: int) -> bytes:
@@ -90,7 +90,7 @@ class _TensorMark:
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         size = torch.Size(shape)
         strides = torch.empty(size, device="meta").stride()
-        self.arguments = (_StorageMark(dtype, size.numel()), 0, shape, strides, False, OrderedDict())
+        self.arguments: tuple[Any, ...] = (_StorageMark(dtype, size.numel()), 0, shape, strides, False, OrderedDict())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_tensor_v2, self.arguments

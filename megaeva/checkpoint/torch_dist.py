@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -183,7 +184,7 @@ def write_index(folder: Path, indexes: Sequence[FileIndex]) -> None:
                 f"{folder}: {fault}; together the ranks must write every element once; this is a fault of megaeva, "
                 "please report it with the recipe."
             )
-    state: dict[str, TensorStorageMetadata] = {}
+    state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     checksums: dict[str, dict[int, str]] = defaultdict(dict)
     for key, boxes in records.items():
@@ -301,25 +302,35 @@ class Reader:
             shared = [(o, t, overlap(o, t.shape, record.offset, record.shape)) for o, t in targets]
             if all(box is None for _, _, box in shared):
                 continue
+            offset, target, _ = next(entry for entry in shared if entry[2] is not None)
+            if target.is_cpu and target.is_contiguous() and _is_whole(record, offset, target):
+                self._load(record, target)  # without a copy on the way
+                continue
             source = self._load(record)
             for offset, target, box in shared:
                 if box is not None:
                     _cut(target, offset, box).copy_(_cut(source, record.offset, box))
 
-    def _load(self, record: Record) -> Tensor:
+    def _load(self, record: Record, target: Tensor | None = None) -> Tensor:
+        """A record's tensor, read into a contiguous `target` of its shape and dtype if there is one."""
         try:
-            return self._load_own(record) if self.has_checksums else self._load_foreign(record)
+            if target is None:
+                target = torch.empty(record.shape, dtype=record.dtype)
+            if self.has_checksums:
+                self._load_own(record, target)
+            else:
+                target.copy_(self._load_foreign(record))
+            return target
         except CheckpointError:
             raise
         except Exception as error:  # a damaged archive raises nearly anything
             raise self._damage(record, first_line(error)) from error
 
-    def _load_own(self, record: Record) -> Tensor:
+    def _load_own(self, record: Record, target: Tensor) -> None:
         assert record.checksum is not None
-        tensor = torch.empty(record.shape, dtype=record.dtype)
         expected = surroundings(record.dtype, record.shape, record.checksum)
         head, tail = (bytearray(len(part)) for part in expected)
-        content = memory(tensor)
+        content = memory(target)
         position = record.position
         for part in (memoryview(head), content, memoryview(tail)):
             self._read_exactly(record, part, position)
@@ -329,7 +340,6 @@ class Reader:
             raise self._damage(record, f"its CRC-32 is {found:08x}, expected {record.checksum:08x}")
         if (bytes(head), bytes(tail)) != expected:
             raise self._damage(record, "the bytes around it are not those that were written")
-        return tensor
 
     def _load_foreign(self, record: Record) -> Tensor:
         archive = bytearray(record.length)
@@ -337,7 +347,7 @@ class Reader:
         tensor = torch.load(io.BytesIO(archive), weights_only=True, map_location="cpu")
         if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (record.shape, record.dtype):
             raise self._damage(record, f"the archive holds another thing than {list(record.shape)} {record.dtype}")
-        return tensor.contiguous()
+        return tensor
 
     def _read_exactly(self, record: Record, target: memoryview, position: int) -> None:
         if record.file not in self._files:
@@ -357,6 +367,10 @@ class Reader:
             f"{self.path / record.file}, tensor {record.key}, bytes {record.position} to "
             f"{record.position + record.length}: {what}; it must be as it was written; {_USE_ANOTHER}"
         )
+
+
+def _is_whole(record: Record, offset: tuple[int, ...], target: Tensor) -> bool:
+    return (offset, tuple(target.shape), target.dtype) == (record.offset, record.shape, record.dtype)
 
 
 def _cut(tensor: Tensor, offset: Sequence[int], box: tuple[Sequence[int], Sequence[int]]) -> Tensor:

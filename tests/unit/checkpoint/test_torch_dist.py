@@ -92,7 +92,7 @@ def test_pieces_are_read_with_each_record_once(folder: Path, monkeypatch: pytest
     reader, whole = Reader(folder), torch.zeros(4, 3, 5)
     loads: list[Any] = []
     load = reader._load
-    monkeypatch.setattr(reader, "_load", lambda record: loads.append(record) or load(record))
+    monkeypatch.setattr(reader, "_load", lambda record, *to: loads.append(record) or load(record, *to))
     reader.read_pieces(Piece("cube", whole[i : i + 1], (4, 3, 5), (i, 0, 0), False) for i in range(4))
     assert torch.equal(whole, TENSORS["cube"])
     assert len(loads) == 3
