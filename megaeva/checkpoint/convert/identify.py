@@ -5,6 +5,7 @@ or belongs to the one published variant that explains the file exactly.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,7 @@ def identify(source: TensorSource, form: Format, *, model: ModelSection | str | 
         what = replace(beside, source=source.path)
         _must_fit(source, form, what, "the configuration beside it")
         return what
-    found = {
-        name: _as_file(source, form, Contents(form.kinds[0], published(name))) for name in candidates(source, form)
-    }
+    found = {name: _as_variant(source, form, name) for name in candidates(source, form)}
     if not found:
         raise _nothing_fits(source, form)
     first, *others = found.values()
@@ -79,7 +78,7 @@ def identify(source: TensorSource, form: Format, *, model: ModelSection | str | 
 
 def candidates(source: TensorSource, form: Format) -> list[str]:
     """Returns the published variants whose tables explain every tensor of the file, in the order of VARIANTS."""
-    return [name for name in _possible(form) if not _faults(source, form, name, quick=True)]
+    return [name for name in _possible(form) if _may_be(source, form, name) and not _faults(source, form, name)]
 
 
 def taken_by_name(source: TensorSource, form: Format, what: Contents) -> list[str]:
@@ -128,15 +127,21 @@ def _possible(form: Format) -> list[str]:
     return names
 
 
-def _faults(source: TensorSource, form: Format, name: str, *, quick: bool = False) -> list[str]:
-    """What keeps a file from being a variant; `quick`: at least the first such thing, without the large tables."""
-    what = _as_file(source, form, Contents(form.kinds[0], published(name)))
-    rules, ours = form.rules(what, source.infos.keys()), shapes(what)
-    if quick:
-        explained = {their_name for rule in rules for their_name in rule.theirs}
-        if unknown := next((n for n in source.infos if n not in explained), None):
-            return [unknown]
-    return differences(rules, source.infos, ours)
+def _as_variant(source: TensorSource, form: Format, name: str) -> Contents:
+    return _as_file(source, form, Contents(form.kinds[0], published(name)))
+
+
+def _may_be(source: TensorSource, form: Format, name: str) -> bool:
+    """False where a look at the size rules a variant out; what a file holds beside weights is under 1 % of it."""
+    numbers = sum(math.prod(info.shape) for info in source.infos.values())
+    expected = sum(math.prod(shape) for shape in shapes(_as_variant(source, form, name)).values())
+    return abs(numbers - expected) < 0.01 * numbers
+
+
+def _faults(source: TensorSource, form: Format, name: str) -> list[str]:
+    """What keeps a file from being a variant."""
+    what = _as_variant(source, form, name)
+    return differences(form.rules(what, source.infos.keys()), source.infos, shapes(what))
 
 
 def _as_file(source: TensorSource, form: Format, what: Contents) -> Contents:
