@@ -62,7 +62,7 @@ class Trainer:
         self.next_step = self._load(newest) if newest else 0
         self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
         self.signal_received = 0
-        starts = self.task.start_report
+        starts = [report.record() for report in self.task.start_reports]
         with together("writing to the run folder"):
             self.record = RunRecord(
                 self.run_dir,
@@ -81,7 +81,8 @@ class Trainer:
                 self.record.write_json("manifest.json", made_with)
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
-        for line in [*recipe_changes, *topology, *starts, data_report, *resumed]:
+        from_where = [line for report in self.task.start_reports for line in report.lines()]
+        for line in [*recipe_changes, *topology, *from_where, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:

@@ -100,7 +100,7 @@ class RunRecord:
             self._metrics.close()
 
 
-def manifest(*, world_size: int, shards: Sequence[Path], starts: Sequence[str]) -> dict[str, Any]:
+def manifest(*, world_size: int, shards: Sequence[Path], starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a run was made with: versions, machine, git commit, command, shards with sizes, sources of weights."""
     return {
         "command": sys.argv,

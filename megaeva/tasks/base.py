@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megaeva.checkpoint.weights import LoadReport
 from megaeva.data.batch import Batch
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.wrap import Tower
@@ -17,12 +18,12 @@ class Task(Protocol):
         towers: trained modules in a fixed order; also what checkpoints hold.
         grid: the data grid: its data ranks are the blocks of ranks that read the same samples
             (`config.topology.sharing_ranks`), its tp axis the ranks of a block. Each tower has its own grid.
-        start_report: lines that say where each weight came from.
+        start_reports: where each weight came from.
     """
 
     towers: Sequence[Tower]
     grid: Grid
-    start_report: list[str]
+    start_reports: Sequence[LoadReport]
 
     def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced.

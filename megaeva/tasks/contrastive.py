@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megaeva.checkpoint.layout import read_model_section
-from megaeva.checkpoint.weights import load_weights
+from megaeva.checkpoint.weights import LoadReport, load_weights
 from megaeva.config.schema import Config
 from megaeva.config.topology import grid_axes
 from megaeva.data.batch import Batch
@@ -25,6 +24,7 @@ from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import Part, global_step
 from megaeva.parallel.wrap import Tower, wrap
 from megaeva.tasks.share import own_microbatches
+from megaeva.tasks.start import opened_start
 
 
 class Contrastive:
@@ -47,7 +47,7 @@ class Contrastive:
         set_recompute(self.model.text, cfg.parallel.text.recompute)
         for name in ("vision", "text"):
             init_weights(getattr(self.model, name), seed=cfg.seed, task="contrastive", grid=self.grids[name])
-        self.start_report = self._load_start()
+        self.start_reports = self._load_start()
         self.towers: Sequence[Tower] = [
             wrap(name, module, grid, cfg.parallel) for name, (module, grid) in self._modules().items()
         ]
@@ -58,23 +58,28 @@ class Contrastive:
     def _modules(self) -> dict[str, tuple[nn.Module, Grid]]:
         return {name: (getattr(self.model, name), self.grids[name]) for name in ("vision", "text", "scale")}
 
-    def _load_start(self) -> list[str]:
+    def _load_start(self) -> list[LoadReport]:
         """A whole CLIP keeps everything; towers joined for the first time get a fresh projection, head and scale."""
-        start, modules = self.cfg.init, self._modules()
+        cfg, start, modules = self.cfg, self.cfg.init, self._modules()
         reports = []
         if start.clip:
-            # Either loss may go on from the other's CLIP: only the sigmoid loss has a bias.
-            biases = self.cfg.model.logit_scale.bias, read_model_section(start.clip).logit_scale.bias
-            reports.append(load_weights(start.clip, modules, skip=("scale.logit_bias",) if None in biases else ()))
+            with opened_start(start.clip, cfg, ("vision", "text")) as weights:
+                # Either loss may go on from the other's CLIP: only the sigmoid loss has a bias.
+                both_have_bias = cfg.model.logit_scale.bias is not None and "scale.logit_bias" in weights.infos
+                skip = [] if both_have_bias else ["scale.logit_bias"]
+                reports.append(load_weights(weights, modules, skip=skip, resize=start.resize))
         if start.vision:
-            fresh = ["vision.head"]
-            if not read_model_section(start.vision).vision.sub_ln_attention:
-                # EVA-02 B and L are distilled without this norm; the CLIP starts it at weight 1, bias 0.
-                fresh.append("vision.blocks.layers.*.self_attention.inner_norm")
-            reports.append(load_weights(start.vision, {"vision": modules["vision"]}, skip=fresh))
+            with opened_start(start.vision, cfg, ("vision",)) as weights:
+                skip = ["vision.head"]
+                if not any(".self_attention.inner_norm." in name for name in weights.infos):
+                    # EVA-02 B and L are distilled without this norm; the CLIP starts it at weight 1, bias 0.
+                    skip.append("vision.blocks.layers.*.self_attention.inner_norm")
+                vision = {"vision": modules["vision"]}
+                reports.append(load_weights(weights, vision, skip=skip, resize=start.resize))
         if start.text:
-            reports.append(load_weights(start.text, {"text": modules["text"]}, skip=("text.head",)))
-        return [line for report in reports for line in report.lines()]
+            with opened_start(start.text, cfg, ("text",)) as weights:
+                reports.append(load_weights(weights, {"text": modules["text"]}, skip=["text.head"]))
+        return reports
 
     def loss(self, *features: Tensor) -> Tensor:
         """The loss that the recipe names, over the global batch, of this rank's rows text_BE and image_BE."""

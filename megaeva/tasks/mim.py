@@ -1,6 +1,7 @@
 """Masked feature distillation: the student sees masked patches, the frozen teacher the whole crop."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.checkpoint.layout import read_model_section
-from megaeva.checkpoint.weights import load_weights
+from megaeva.checkpoint.convert.start import Weights
+from megaeva.checkpoint.weights import LoadReport, load_weights
 from megaeva.config.schema import Config
 from megaeva.config.topology import grid_axes
 from megaeva.config.validate import check_teacher
@@ -29,6 +30,7 @@ from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.schedule import Part, local_step
 from megaeva.parallel.wrap import Tower, wrap
 from megaeva.tasks.share import own_microbatches, share_number
+from megaeva.tasks.start import opened_start, opened_teacher
 
 
 class MIM:
@@ -52,17 +54,24 @@ class MIM:
         )
         set_recompute(self.student.vision, cfg.parallel.vision.recompute)
         init_weights(self.student, seed=cfg.seed, task="mim", grid=self.grids["student"])
-        self.start_report = report
+        self.start_reports = [report]
         if cfg.init.vision:
-            start = {"vision": (self.student.vision, self.grids["student"])}
-            self.start_report += load_weights(cfg.init.vision, start, skip=("vision.head",)).lines()
+            vision = {"vision": (self.student.vision, self.grids["student"])}
+            with opened_start(cfg.init.vision, cfg, ("vision",)) as start:
+                report = load_weights(start, vision, skip=("vision.head",), resize=cfg.init.resize)
+            self.start_reports.append(report)
         self.towers: Sequence[Tower] = [wrap("student", self.student, self.grids["student"], cfg.parallel)]
         self.teacher_dim = teacher_dim
         self.num_global_tokens = 0.0
 
-    def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, list[str]]:
+    def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, LoadReport]:
         assert cfg.teacher is not None
-        section = read_model_section(cfg.teacher.checkpoint)
+        with closing(opened_teacher(cfg.teacher.checkpoint)) as weights:
+            return self._load_opened_teacher(cfg, weights)
+
+    def _load_opened_teacher(self, cfg: Config, weights: Weights) -> tuple[Teacher, int, LoadReport]:
+        assert cfg.teacher is not None
+        section = weights.contents.model
         check_teacher(cfg, section.vision)
         sizes = [(vision.image_size, vision.patch_size) for vision in (section.vision, cfg.model.vision)]
         if sizes[0] != sizes[1]:
@@ -79,8 +88,8 @@ class MIM:
             layer_spec=self.runtime.layer_spec,
             device=self.runtime.device,
         )
-        report = load_weights(cfg.teacher.checkpoint, {"vision": (tower, self.grids["teacher"])})
-        return Teacher(tower), section.embed_dim, report.lines()
+        report = load_weights(weights, {"vision": (tower, self.grids["teacher"])})
+        return Teacher(tower), section.embed_dim, report
 
     def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """See `Task.step`."""

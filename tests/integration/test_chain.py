@@ -105,7 +105,7 @@ def test_what_a_chain_hands_on(folder: Path, precision: str) -> None:
             continue
         source = fresh if is_fresh else mim_end if name.startswith("vision.") else teacher_end
         assert torch.equal(value, source[name]), name
-    report = "\n".join(student.task.start_report)
+    report = "\n".join(line for report in student.task.start_reports for line in report.lines())
     for part in ("fresh: vision.blocks.layers.0.self_attention.inner_norm", "lm_head.bias", "fresh: text.head.weight"):
         assert part in report
 
