@@ -34,7 +34,7 @@ class Contents:
 
     Attributes:
         model: sizes and flags; of kind vision and mim only `vision` (and, of vision, `embed_dim`) means something.
-        teacher_dim: of kind mim: width of lm_head; None where the file has none.
+        teacher_dim: of kind mim: width of lm_head; None: neither lm_head nor mask token was kept.
         clip_ids: CLIP's ids of the text tower's vocabulary in ascending order (vocab.json), None: all 49,408.
         source: where the weights came from, for the destination's records.
     """

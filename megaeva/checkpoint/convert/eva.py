@@ -26,6 +26,7 @@ from megaeva.checkpoint.convert.rules import (
     Transform,
     both,
     copies,
+    dropped,
     for_layers,
     interleaved,
     prefixed,
@@ -35,6 +36,9 @@ from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_note
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink
 from megaeva.config.schema import VisionSection
 from megaeva.errors import CheckpointError
+
+OF_DISTILLATION = ("mask_token", "lm_head.weight", "lm_head.bias")
+"""What a distilled tower has beside a tower's own tensors; whoever trains a CLIP from it drops all three."""
 
 CONFIG_SUFFIX = ".megaeva.json"
 _THETA = 10_000
@@ -103,11 +107,10 @@ def _mim_rules(what: Contents, names: Collection[str] | None) -> list[Rule]:
     vision = what.model.vision
     # interpolate_patch_14to16.py leaves the tables of the old grid, and asuka builds them for the grid it has.
     written = names is None and vision.grid_size == vision.rope_pretrain_grid
-    extra = copies((name, name) for name in ("mask_token", "lm_head.weight", "lm_head.bias"))
     return [
         *prefixed(_tower_rules(vision), "vision.", ""),
         *_rotary_rules(vision, written),
-        *(replace(rule, optional=True) for rule in extra),
+        *(dropped(*OF_DISTILLATION) if what.teacher_dim is None else copies((n, n) for n in OF_DISTILLATION)),
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.eva import OF_DISTILLATION
 from megaeva.checkpoint.convert.format import Format, formats
 from megaeva.checkpoint.convert.ours import shapes
 from megaeva.checkpoint.convert.rules import differences
@@ -149,8 +150,8 @@ def _as_file(source: TensorSource, form: Format, what: Contents) -> Contents:
     infos = source.infos
     vision, scale = what.model.vision, what.model.logit_scale
     if what.kind == "mim":
-        head = infos.get("lm_head.weight")
-        what = replace(what, teacher_dim=head.shape[0] if head is not None and len(head.shape) == 2 else None)
+        whole = all(name in infos for name in OF_DISTILLATION) and len(infos["lm_head.bias"].shape) == 1
+        what = replace(what, teacher_dim=infos["lm_head.bias"].shape[0] if whole else None)
         # Towers that were distilled with EVA's code lack the inner norm that the CLIP of the same name has.
         if not any(name.endswith("attn.inner_attn_ln.weight") for name in infos):
             vision = vision.model_copy(update={"sub_ln_attention": False})
@@ -167,7 +168,13 @@ def _must_fit(source: TensorSource, form: Format, what: Contents, origin: str) -
         has = _values(what.model, [key])[key]
         if has != value:
             faults.append(f"{key}: is {has}, must be {value} in this format")
-    faults += differences(form.rules(what, source.infos.keys()), source.infos, shapes(what))
+    towers = {"vision": what.model.vision} | ({"text": what.model.text} if what.kind == "clip" else {})
+    odd = [
+        f"{part}.num_heads: is {tower.num_heads}, must divide {part}.hidden_size, {tower.hidden_size}"
+        for part, tower in towers.items()
+        if tower.hidden_size % tower.num_heads
+    ]
+    faults += odd or differences(form.rules(what, source.infos.keys()), source.infos, shapes(what))
     if faults:
         raise CheckpointError(
             f"{source.path} ({form.name}) contradicts {origin}, {len(faults)} differences:\n{_listed(faults)}\n"

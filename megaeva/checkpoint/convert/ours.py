@@ -11,15 +11,14 @@ Shape = tuple[int, ...]
 def shapes(what: Contents) -> dict[str, Shape]:
     """Returns the parameters of a model: every name of a run checkpoint with its whole (tp=1) shape, in model order.
 
-    A MIM student has its lm_head only where `what.teacher_dim` is known.
+    A distilled tower has mask token and lm_head where `what.teacher_dim` says that they were kept.
     """
     model = what.model
     head = None if what.kind == "mim" else model.embed_dim
     made = {f"vision.{name}": shape for name, shape in _vision(model.vision, head)}
-    if what.kind == "mim":
+    if what.kind == "mim" and what.teacher_dim is not None:
         made["mask_token"] = (1, 1, model.vision.hidden_size)
-        if what.teacher_dim is not None:
-            made |= _affine("lm_head", (what.teacher_dim, model.vision.hidden_size), True)
+        made |= _affine("lm_head", (what.teacher_dim, model.vision.hidden_size), True)
     if what.kind == "clip":
         made |= {f"text.{name}": shape for name, shape in _text(model.text, model.embed_dim)}
         made["scale.log_scale"] = ()

@@ -217,10 +217,11 @@ def test_a_distilled_tower_may_have_tables_of_an_older_grid() -> None:
         convert_state(MIM.rules(what, old.keys()), old | {"rope.freqs_cos": sin}, shapes(what))
 
 
-def test_a_distilled_tower_may_lack_what_distillation_drops() -> None:
+@pytest.mark.parametrize("gone", [("mask_token", "lm_head"), ("mask_token",), ("lm_head.bias",)])
+def test_a_distilled_tower_may_lack_what_a_clip_has_no_use_for(gone: tuple[str, ...]) -> None:
     what = Contents("mim", tiny("EVA-CLIP-8B"), teacher_dim=12)
     ours, theirs = _theirs(MIM, what)
-    bare = {name: tensor for name, tensor in theirs.items() if not name.startswith(("mask_token", "lm_head"))}
+    bare = {name: tensor for name, tensor in theirs.items() if not name.startswith(gone)}
     found = identify(StateSource(bare), MIM, model=what.model)
     assert found.teacher_dim is None
     back = convert_state(MIM.rules(found, bare.keys()), bare, shapes(found))
@@ -310,12 +311,16 @@ def test_a_file_of_no_format() -> None:
         recognise(Announced({name: TensorInfo((2,), torch.float32) for name in names}))
 
 
-def test_the_user_s_word_is_checked(tmp_path: Path) -> None:
+def test_the_user_s_word_is_checked() -> None:
     source = _announced(OPEN_CLIP, Contents("clip", published("ViT-B-16")))
     with pytest.raises(CheckpointError, match=r"contradicts the model given \(ViT-B-32\)"):
         identify(source, OPEN_CLIP, model="ViT-B-32")
     with pytest.raises(CheckpointError, match=r"ViT-B16 is not a known variant.*ViT-B-16"):
         identify(source, OPEN_CLIP, model="ViT-B16")
+    odd = published("ViT-B-16")
+    odd = odd.model_copy(update={"text": odd.text.model_copy(update={"num_heads": 7})})
+    with pytest.raises(CheckpointError, match=r"text\.num_heads: is 7, must divide text\.hidden_size, 512"):
+        identify(source, OPEN_CLIP, model=odd)
     # A model that the format has no names for, too.
     with pytest.raises(CheckpointError, match="contradicts the model given"):
         identify(source, NATIVE, model="ViT-B-16")
