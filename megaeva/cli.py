@@ -355,6 +355,23 @@ def bench_data(
         typer.echo(line)
 
 
+@bench_app.command("checkpoint")
+@explained
+def bench_checkpoint(
+    model: Annotated[str, typer.Option(help="A published model.")] = "EVA02-CLIP-B-16",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 16,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="Saves of each kind.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
+    folder: Annotated[Path, typer.Option(help="Whose disk is written to; left as it was.")] = Path("build"),
+) -> None:
+    """Time what a training run waits for a checkpoint that is written beside it, and for one it waits for."""
+    from megaeva.bench.command import run_checkpoint
+
+    for line in run_checkpoint(model, batch, precision, rounds, threads, folder):
+        typer.echo(line)
+
+
 @bench_app.command("layouts")
 @explained
 def bench_layouts(

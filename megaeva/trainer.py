@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
+from megaeva.checkpoint.background import Saves
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.config import dump
 from megaeva.config.schema import Config
@@ -60,7 +61,8 @@ class Trainer:
             )
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.next_step = self._load(newest) if newest else 0
-        self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
+        self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
+        self.last_save_at = time.monotonic()
         self.signal_received = 0
         starts = [report.record() for report in self.task.start_reports]
         with together("writing to the run folder"):
@@ -95,6 +97,7 @@ class Trainer:
                 if save or stop:
                     self.save()
                 if stop:
+                    self.saves.finish()
                     name = signal.Signals(stop).name
                     self.record.say(f"{name}: step {self.next_step} is saved in {self.run_dir}; --resume continues")
                     return 128 + stop
@@ -106,6 +109,7 @@ class Trainer:
             self.finish()
             return 0
         finally:
+            self.saves.close()
             self.loader.close()
             self.record.close()
             for number, handler in previous_handlers.items():
@@ -121,6 +125,7 @@ class Trainer:
             self._stop_on(str(error), batch)
         if not math.isfinite(loss):
             self._stop_on(f"loss={loss}; it must be finite; lower the learning rate or beta2", batch)
+        self.saves.gate()
         watch.at("the optimizer's step")
         updated, grad_norm = self.optimizer.step()
         if not updated:
@@ -142,20 +147,27 @@ class Trainer:
         except Exception as caught:
             error = caught
         interrupts = [self.signal_received == number for number in _SIGNALS]
-        failed, save, *stops = all_sum([error is not None, self._save_is_due(), *interrupts], self.runtime)
+        flags = [error is not None, self._save_is_due(), self.saves.is_over, *interrupts]
+        failed, save, saves_over, *stops = all_sum(flags, self.runtime)
         if failed:
             self._save_finished_steps()
             raise_together(error, "reading data")
+        if saves_over == self.runtime.world_size:
+            self.saves.advance()
         assert batch is not None
         return batch, bool(save), next((number for number, stop in zip(_SIGNALS, stops, strict=True) if stop), 0)
 
     def save(self) -> None:
-        """Write a checkpoint that continues with the batch after the last finished step. All ranks call it."""
-        if self.next_step > self.last_saved_step:
+        """Begin a checkpoint that continues with the batch after the last finished step. All ranks call it.
+
+        One that is in flight is finished first, and this one before the next; without save.asynchronous, at once.
+        """
+        if self.next_step > self.saves.begun:
+            self.saves.finish()
             watch.at("saving")
             finish_parameter_gather(self.task.towers)
             samples = {"samples": self.next_step * self.cfg.train.global_batch_size}
-            self.store.save(
+            save = self.store.begin(
                 self.next_step,
                 self.task.towers,
                 self.optimizer,
@@ -164,7 +176,8 @@ class Trainer:
                 extra=samples,
                 data_grid=self.task.grid,
             )
-            self.last_saved_step, self.last_saved_at = self.next_step, time.monotonic()
+            self.saves.start(save)
+            self.last_save_at = time.monotonic()
 
     def log(self, figures: dict[str, float]) -> None:
         """Record the step's figures when they are due."""
@@ -173,7 +186,9 @@ class Trainer:
             self.record.step(self.next_step, figures, waited_seconds=waited, memory_gib=memory)
 
     def evaluate(self) -> None:
-        """Measure the model as it is. All ranks call it."""
+        """Measure the model as it is, after a save in flight is finished: none is lost to a mistake in the evaluation
+        sets. All ranks call it."""
+        self.saves.finish()
         watch.at("evaluating")
         finish_parameter_gather(self.task.towers)
         results = self.task.evaluate()
@@ -220,16 +235,18 @@ class Trainer:
         """Whether the step count, or rank 0's clock, asks for a checkpoint."""
         every_steps, every_minutes = self.cfg.save.every_steps, self.cfg.save.every_minutes
         if every_steps and self.next_step % every_steps == 0:
-            return self.next_step > self.last_saved_step
-        elapsed = time.monotonic() - self.last_saved_at
+            return self.next_step > self.saves.begun
+        elapsed = time.monotonic() - self.last_save_at
         return bool(every_minutes and self.runtime.is_main and elapsed >= 60 * every_minutes)
 
     def _stop_on(self, fault: str, batch: Batch) -> NoReturn:
-        """Raise on every rank, naming the step, the samples and the last good checkpoint; nothing is saved."""
+        """Raise on every rank, naming the step, the samples and the last good checkpoint; no save begins, and one in
+        flight, of an earlier step, is finished."""
         mine = batch.keys if self.task.grid.tp_rank == 0 else ()  # the other ranks of its data block have the same
         keys = [key for keys in gather_objects(mine) for key in keys]
         name = f"bad_batch_step_{self.next_step}.json"
         self.record.write_json(name, {"step": self.next_step, "fault": fault, "keys": keys})
+        self._finish_save()
         raise UserError(
             f"step {self.next_step}: {fault}. Samples: {', '.join(keys[:4])}, ... ({len(keys)} in all, listed in "
             f"{self.run_dir / name}). Last good checkpoint: {self.store.newest() or 'none'}; --resume continues there."
@@ -237,12 +254,21 @@ class Trainer:
 
     def _save_finished_steps(self) -> None:
         """Save what is finished before the run stops with an error of some rank, and say so. All ranks call it."""
+        self._finish_save()
         try:
             self.save()
         except CheckpointError as second:
             self.record.say(f"error: {second}")
-        if self.next_step:
-            self.record.say(f"step {self.last_saved_step} is saved in {self.run_dir}; --resume continues")
+        self._finish_save()
+        if self.saves.finished:
+            self.record.say(f"step {self.saves.finished} is saved in {self.run_dir}; --resume continues")
+
+    def _finish_save(self) -> None:
+        """Wait for a save in flight when another error already ends the run; its own is printed."""
+        try:
+            self.saves.finish()
+        except CheckpointError as second:
+            self.record.say(f"error: {second}")
 
     def _note_signal(self, number: int, _: object) -> None:
         if number == signal.SIGINT and self.signal_received:

@@ -106,6 +106,30 @@ def run_loss(
         yield from loss.accuracy_lines(batches[0], dim)
 
 
+def run_checkpoint(
+    model: str, batch: int, precision: Literal["fp32", "bf16"], rounds: int, threads: int | None, folder: Path
+) -> Iterator[str]:
+    """Yields lines to print: what was measured, and its row for benchmarks/log.md.
+
+    Raises:
+        UserError: an unknown model, or a disk that does not hold its checkpoints.
+    """
+    section = find_model(model)
+    import torch
+
+    from megaeva.bench.checkpoint import benchmark_checkpoint
+
+    if threads:
+        torch.set_num_threads(threads)
+    command = (
+        f"megaeva bench checkpoint --model {model} --batch {batch} --precision {precision} --rounds {rounds} "
+        f"--threads {torch.get_num_threads()}"
+    )
+    yield command
+    timed = benchmark_checkpoint(section, batch_size=batch, precision=precision, num_rounds=rounds, folder=folder)
+    yield from timed.report(command)
+
+
 def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: Path) -> bool:
     """Makes what is left of the runs, prints table, rows for benchmarks/log.md and verdict, writes layouts.json.
 

@@ -29,15 +29,16 @@ class Saves:
 
     Args:
         store: begins and completes them.
+        step: that the run starts with; it needs no save.
         asynchronous: False: `start` returns when the checkpoint has its name, and no memory is used.
 
     Attributes:
-        begun: the step of the last save that was started, 0 before.
-        finished: the step of the last that has its name, 0 before.
+        begun: the step of the last save that was started.
+        finished: the step of the last that has its name.
     """
 
-    def __init__(self, store: CheckpointStore, *, asynchronous: bool) -> None:
-        self.begun = self.finished = 0
+    def __init__(self, store: CheckpointStore, *, step: int, asynchronous: bool) -> None:
+        self.begun = self.finished = step
         self._store, self._asynchronous = store, asynchronous
         self._thread = ThreadPoolExecutor(1, "save")
         self._copies: list[Tensor] = []
@@ -85,14 +86,14 @@ class Saves:
         """
         save, self._save = self._save, None
         assert save is not None
-        error = self._part.exception()
+        result = self._part.result()
         if self._completing:
-            self._store.conclude(save, error)
+            self._store.conclude(save, result)
             self.finished = save.step
         else:
-            indexes = self._store.collect(save, error or self._part.result())
+            indexes = self._store.collect(save, result)
             self._save, self._completing = save, True
-            self._part = self._thread.submit(self._store.complete, save, indexes)
+            self._part = self._thread.submit(self._complete, save, indexes)
 
     def finish(self) -> None:
         """Wait until no save is in flight. Raises as `advance` does."""
@@ -111,16 +112,26 @@ class Saves:
 
     # ----------------------------------------------------------------------------------------------- in the thread
 
-    def _write(self, save: Save, copy: Callable[[Sequence[Tensor]], None] | None) -> FileIndex:
+    def _write(self, save: Save, copy: Callable[[Sequence[Tensor]], None] | None) -> FileIndex | Exception:
         pieces = save.pieces
         try:
             if copy is not None:
                 self._copies = self._copies or [host_memory(piece.data) for piece in pieces]
                 copy(self._copies)
                 pieces = [replace(piece, data=data) for piece, data in zip(pieces, self._copies, strict=True)]
+            self._copied.set()
+            return self._store.write(save, self._until_closed(pieces))
+        except Exception as error:
+            return error
         finally:
             self._copied.set()
-        return self._store.write(save, self._until_closed(pieces))
+
+    def _complete(self, save: Save, indexes: Sequence[FileIndex]) -> Exception | None:
+        try:
+            self._store.complete(save, indexes)
+        except Exception as error:
+            return error
+        return None
 
     def _until_closed(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:

@@ -28,7 +28,7 @@ class Run:
         self.towers = build_towers(runtime, self.cfg, seed=0)
         self.optimizer, self.rate = build_optimizer(self.towers, self.cfg)
         self.store = CheckpointStore(folder, keep=2)
-        self.saves = Saves(self.store, asynchronous=asynchronous)
+        self.saves = Saves(self.store, step=0, asynchronous=asynchronous)
         self.folder = self.store.folder
 
     def step(self, number: int) -> None:
