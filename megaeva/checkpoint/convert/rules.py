@@ -254,7 +254,9 @@ class StateSource:
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
-        self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""
