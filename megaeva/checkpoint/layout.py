@@ -1,4 +1,4 @@
-"""Names and JSON of a run's checkpoints; no torch import, so the command line reads them at once.
+"""Names and JSON of a run's checkpoints; no torch import for them, so the command line reads them at once.
 
 run_dir/checkpoints/step_00001000/   megaeva.json (written last) and the files of torch_dist.py
 run_dir/checkpoints/.writing_*       a save in progress, or one that was killed
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ FORMAT = 2
 OLDEST_FORMAT = 1  # without checksums and without what says how weights are used; readable as weights, not resumable
 INFO_NAME = "megaeva.json"
 FOLDER_NAME = "checkpoints"
+RECIPE_NAME = "config.yaml"
 WRITING, REPLACED, REMOVING = ".writing_", ".replaced_", ".removing_"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -43,6 +45,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, also one without a finished checkpoint, or one of its checkpoints."""
+    names = (path / INFO_NAME, path / FOLDER_NAME, path / RECIPE_NAME)
+    return any(name.exists() for name in names) or bool(complete_checkpoints(path))
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder meant by `path`: itself, or the newest of a run folder.
 
@@ -60,7 +68,7 @@ def find_checkpoint(path: str | Path) -> Path:
             else f"holds no finished checkpoint ({FOLDER_NAME}/step_*/{INFO_NAME})"
         )
         raise CheckpointError(
-            f"checkpoint {path} {what}; it must be a run folder or one checkpoint of it; "
+            f"checkpoint {path} {what}; it must be a run folder, one checkpoint of it, or a file of weights; "
             f"check the path, or run the stage that writes it."
         )
     return found[-1]
@@ -90,14 +98,21 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_model_section(path: str | Path) -> ModelSection:
-    """The `model` section that a checkpoint was trained with.
+    """The model that a checkpoint was trained with, or that a file of another format holds.
 
     Args:
-        path: a run folder (its newest checkpoint) or one checkpoint folder.
+        path: a run folder (its newest checkpoint), one checkpoint folder, or a file or folder that
+            `convert.start.open_weights` opens. Only of that torch is imported.
 
     Raises:
-        CheckpointError: no finished checkpoint there, or its section is not one of this version.
+        CheckpointError: no finished checkpoint there, or its section is not one of this version; or it cannot be told.
     """
+    path = Path(path)
+    if path.exists() and not is_run(path):
+        from megaeva.checkpoint.convert.start import open_weights
+
+        with closing(open_weights(path)) as weights:
+            return weights.contents.model
     checkpoint = find_checkpoint(path)
     try:
         return ModelSection.model_validate(read_info(checkpoint).get("model"))

@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from megaeva.checkpoint.layout import find_checkpoint, read_model_section
+from megaeva.checkpoint.layout import find_checkpoint, is_run, read_model_section
 from megaeva.config.schema import AxesSection, Config, ModelSection
 from megaeva.config.topology import data_ranks, microbatches, sharing_ranks, step_axes, virtual_stages
 from megaeva.config.validate import check_teacher
@@ -128,14 +129,16 @@ def _spreads(cfg: Config) -> tuple[dict[str, _Spread], list[str]]:
 
 def _teacher_section(cfg: Config) -> tuple[ModelSection | None, list[str]]:
     assert cfg.teacher is not None, "config.validate requires it for this task"
-    try:
-        checkpoint = find_checkpoint(cfg.teacher.checkpoint)
-    except CheckpointError:
-        return None, [
-            f"not counted: the teacher, as {cfg.teacher.checkpoint} holds no checkpoint yet;",
-            f"             the student's lm_head is taken to be {cfg.model.embed_dim} wide",
-        ]
-    section = read_model_section(checkpoint)
+    path = Path(cfg.teacher.checkpoint)
+    if is_run(path) or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        try:
+            find_checkpoint(path)
+        except CheckpointError:
+            return None, [
+                f"not counted: the teacher, as {path} holds no checkpoint yet;",
+                f"             the student's lm_head is taken to be {cfg.model.embed_dim} wide",
+            ]
+    section = read_model_section(path)
     check_teacher(cfg, section.vision)
     return section, []
 

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.places import Place, PlacedTensors
-from megaeva.checkpoint.convert.run_folder import RunSink, RunSource, is_run
+from megaeva.checkpoint.convert.run_folder import RunSink, RunSource
 from megaeva.checkpoint.convert.safetensors_file import SafetensorsSink, is_safetensors, safetensors_places
 from megaeva.checkpoint.convert.torch_file import TorchSink, is_zip, refuse_old_pickle, torch_places
 from megaeva.checkpoint.tensors import TensorSource
@@ -32,7 +33,7 @@ def open_source(path: str | Path) -> TensorSource:
         CheckpointError: there is none, it is damaged, or it would have to be unpickled with code.
     """
     path = Path(path)
-    if is_run(path):
+    if layout.is_run(path):
         return RunSource(path)
     file = find_weights(path)
     try:

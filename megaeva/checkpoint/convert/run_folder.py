@@ -19,12 +19,6 @@ from megaeva.errors import CheckpointError
 _OPTIMIZER = "optimizer."
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, or one of its checkpoints, finished or not."""
-    named = (path / layout.INFO_NAME).is_file() or (path / layout.FOLDER_NAME).is_dir()
-    return named or bool(layout.complete_checkpoints(path))
-
-
 class RunSource:
     """The weights of a checkpoint, without optimizer; of a run, of its newest. A `TensorSource`."""
 

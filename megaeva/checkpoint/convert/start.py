@@ -13,7 +13,6 @@ from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import open_source
 from megaeva.checkpoint.convert.resize import PATCHES, POSITIONS
 from megaeva.checkpoint.convert.rules import Imported
-from megaeva.checkpoint.convert.run_folder import is_run
 from megaeva.checkpoint.convert.sidecar import info_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
@@ -77,7 +76,7 @@ def open_weights(path: str | Path, *, model: ModelSection | None = None, parts: 
         CheckpointError: it cannot be read, is of no known format, or of a model that cannot be told.
     """
     path = Path(path)
-    if is_run(path):
+    if layout.is_run(path):
         return _open_run(path)
     source = Finite(open_source(path))
     try:
