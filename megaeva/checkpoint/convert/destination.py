@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megaeva.checkpoint.layout import WRITING, sync_folder
@@ -56,8 +57,9 @@ class Destination:
         """Nothing is left of it, nor of the folders made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-        for parent in self._made:
-            parent.rmdir()
+        with suppress(OSError):  # somebody else's files are in it by now
+            for parent in self._made:
+                parent.rmdir()
 
     def _end(self) -> None:
         sync_folder(self.final.parent)

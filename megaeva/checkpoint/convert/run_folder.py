@@ -10,13 +10,18 @@ from torch import Tensor
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.destination import Destination
-from megaeva.checkpoint.convert.sidecar import contents_info
+from megaeva.checkpoint.convert.sidecar import contents_info, info_contents
 from megaeva.checkpoint.record import DTYPES
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.checkpoint.torch_dist import FileWriter, Reader, write_index
 from megaeva.errors import CheckpointError
 
 _OPTIMIZER = "optimizer."
+
+
+def run_contents(checkpoint: Path) -> Contents:
+    """What a checkpoint holds. CheckpointError: its megaeva.json is missing or damaged."""
+    return info_contents(checkpoint, layout.read_info(checkpoint))
 
 
 class RunSource:

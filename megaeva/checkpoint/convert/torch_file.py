@@ -299,8 +299,11 @@ class _Hole:
 def _write_skeleton(file: Path, infos: Mapping[str, TensorInfo]) -> None:
     with FakeTensorMode():
         state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(state, file)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's zip writer only notices that fewer bytes arrived than it gave
+        raise OSError("the file was cut short, as on a full disk") from error
 
 
 def _holes(file: Path, infos: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, _Hole]]:
