@@ -252,22 +252,39 @@ def test_shard_that_holds_nothing(
 def test_full_disk_leaves_the_last_checkpoint(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write, calls = torch_dist.write, []
+    close, calls = torch_dist.FileWriter.close, []
 
-    def full_the_second_time(plan: object, folder: Path) -> None:
-        calls.append(folder)
+    def full_the_second_time(self: torch_dist.FileWriter) -> torch_dist.FileIndex:
+        calls.append(self)
         if len(calls) == 2:
-            (folder / "half").write_bytes(b"0" * 100)
+            self.abort()
             raise OSError(28, os.strerror(28))
-        write(plan, folder)  # type: ignore[arg-type]
+        return close(self)
 
-    monkeypatch.setattr(torch_dist, "write", full_the_second_time)
+    monkeypatch.setattr(torch_dist.FileWriter, "close", full_the_second_time)
     message = fail(capfd, recipe)
     for part in ("step_00000002", "No space left on device", "free space", "untouched", "step_00000001"):
         assert part in message
     assert checkpoints(recipe) == ["step_00000001"], "nothing half-written is left"
     assert main([str(recipe), "--resume"]) == 0
     assert checkpoints(recipe) == ["step_00000003", "step_00000004"]
+
+
+def test_a_save_in_flight_is_finished_when_the_loss_is_not_finite(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    close = torch_dist.FileWriter.close
+
+    def slowly(self: torch_dist.FileWriter) -> torch_dist.FileIndex:
+        time.sleep(0.5)
+        return close(self)
+
+    monkeypatch.setattr(torch_dist.FileWriter, "close", slowly)
+    message = fail(capfd, recipe, "optim.vision.lr=1e30", "optim.warmup_steps=0", "train.total_samples=1600")
+    step = int(message.removeprefix("error: step ").partition(":")[0])
+    last = f"step_{step:08d}"
+    assert checkpoints(recipe)[-1] == last
+    assert f"Last good checkpoint: {recipe.parent}/run/checkpoints/{last}; --resume continues there" in message
 
 
 def test_full_disk_under_the_metrics(

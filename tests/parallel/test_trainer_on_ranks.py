@@ -27,7 +27,8 @@ def recipe(folder: Path, name: str) -> Config:
         model=model(vision_layers=2, text_layers=1),
         optim={"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0},
         parallel={"overlap_grad_reduce": True},
-        save={"every_steps": SAVED_AT},
+        # Not in the background: a job that dies may or may not have finished such a save.
+        save={"every_steps": SAVED_AT, "asynchronous": False},
     )
 
 
