@@ -1,6 +1,8 @@
 """A run that is saved on one layout and resumed on another: the samples and losses of the run that never moved."""
 
+import json
 import shutil
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +54,7 @@ def recipe(folder: Path, name: str, parallel: dict[str, Any]) -> Config:
         # With a small epsilon Adam makes lr * sign(gradient) of gradients that are rounding noise.
         optim={"vision": {"lr": 2e-3}, "clip_grad_norm": 1.0, "epsilon": 1e-3},
         save={"every_steps": SAVED_AT, "keep": 9},
+        data={"train": [str(folder / "shards" / "*.tar")], "shuffle_buffer": 8, "max_dropped_share": 1.0},
     )
 
 
@@ -99,6 +102,9 @@ class Ran(NamedTuple):
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     ran = Ran(tmp_path_factory.mktemp("moves"), {}, {})
     make_shards(ran.folder / "shards", num_shards=4, samples_per_shard=10, image_size=40, seed=0)
+    with tarfile.open(ran.folder / "shards" / "broken.tar", "w") as tar:
+        for name in ("a.txt", "b.txt"):  # samples without an image
+            tar.addfile(tarfile.TarInfo(name))
     for act, found, size in (
         (stay, ran.stayed, lambda name: MOVES[name].ranks_before),
         (move, ran.moved, lambda name: MOVES[name].ranks_after),
@@ -118,5 +124,12 @@ def test_a_moved_run_has_the_losses_and_samples_of_one_that_stayed(ran: Ran, nam
         expected = [line[figure] for line in stayed[SAVED_AT:]]
         found = [line[figure] for line in moved[SAVED_AT:]]
         assert found == pytest.approx(expected, rel=1e-5), figure
+    dropped = [
+        json.loads((ran.folder / run / "finished.json").read_text())["dropped_samples"]
+        for run in (name, f"{name}, moved")
+    ]
+    assert dropped[0] == dropped[1] and dropped[0]["missing_image"] >= 4, (
+        "counted once over all blocks, before and after"
+    )
     losses = [line["loss"] for line in moved[SAVED_AT:]]
     assert max(losses) > min(losses) * (1 + 1e-3), "the samples must tell in the loss"

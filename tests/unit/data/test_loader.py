@@ -33,6 +33,7 @@ from megaeva.data import loader as loader_module
 from megaeva.data.batch import Batch
 from megaeva.data.evaluation import EvalBatch, eval_batches
 from megaeva.data.loader import Loader
+from megaeva.data.shards import SampleStream, ShardReader, expand_shards
 from megaeva.data.synthetic import make_shards
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError
@@ -210,6 +211,29 @@ def test_loading_a_state_goes_back_in_the_same_loader(shards: Path) -> None:
     expected = take(loader, 2)
     loader.load_state_dicts([state])
     assert_equal(take(loader, 2), expected)
+
+
+def test_each_row_and_turn_has_a_stream_of_its_own(shards: Path) -> None:
+    """The order of every run that there has been: worker t of data rank r reads stream r * workers + t."""
+    cfg = recipe(shards, batch=6, num_workers=2)
+    start = [open_loader(cfg, rank, 2).state_dict() for rank in range(2)]
+    paths = expand_shards([str(shards)])
+    for rank in range(2):
+        loader = open_loader(recipe(shards, batch=6), rank, 2)
+        loader.load_state_dicts(start)
+        streams = [
+            SampleStream(
+                paths,
+                seed=cfg.seed,
+                worker=2 * rank + turn,
+                num_workers=4,
+                shuffle_buffer=9,
+                reader=ShardReader(paths, 0),
+            )
+            for turn in range(2)
+        ]
+        for step in range(12):
+            assert next(loader).keys == tuple(next(streams[step % 2]).sample.name for _ in range(3))
 
 
 def test_worker_processes_resume_and_cover_the_epoch(shards: Path) -> None:
