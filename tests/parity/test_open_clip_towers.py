@@ -13,11 +13,14 @@ from torch import nn
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.eva import MIM, NATIVE
 from megaeva.checkpoint.convert.format import Format
+from megaeva.checkpoint.convert.identify import published
 from megaeva.checkpoint.convert.open_clip import OPEN_CLIP
-from megaeva.checkpoint.convert.rules import StateSource, convert_state, exported
+from megaeva.checkpoint.convert.ours import shapes
+from megaeva.checkpoint.convert.rules import StateSource, convert_state, exported, plan_export
 from megaeva.checkpoint.convert.timm import TIMM
+from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.config.schema import ModelSection
-from megaeva.config.variants import VARIANTS
+from megaeva.config.variants import OPEN_CLIP_NAMES, VARIANTS
 from megaeva.errors import CheckpointError
 from megaeva.model import CLIPModel, MIMStudent, VisionTower, build_clip
 from tests.helpers.exports import random_clip, state_of
@@ -175,6 +178,28 @@ def test_patch_dropout_gathers_rotary_angles() -> None:
             expected = trunk.head(trunk.norm(hidden)[:, 0])
             assert (ours[row] - expected[0]).abs().max() < TOLERANCE
         assert (ours - tower(image)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", OPEN_CLIP_NAMES)
+def test_names_and_shapes_of_open_clip_at_full_size(variant: str) -> None:
+    """On the meta device: what we write is what open_clip builds under its name, no more and no less."""
+    arguments = open_clip.get_model_config(OPEN_CLIP_NAMES[variant])
+    has_trunk = "timm_model_name" in arguments["vision_cfg"]
+    arguments.pop("custom_text", None)
+    build = open_clip.model.CustomTextCLIP if has_trunk else open_clip.model.CLIP
+    with torch.device("meta"):
+        theirs = build(**arguments)
+    what = Contents("clip", published(variant))
+    ours = {name: TensorInfo(shape, torch.float32) for name, shape in shapes(what).items()}
+    written = plan_export(OPEN_CLIP.rules(what, None), ours, "ours")
+    assert {name: info.shape for name, info in written.items()} == {
+        name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()
+    }
+    if has_trunk:
+        trunk = theirs.visual.trunk.state_dict()
+        what = Contents("vision", what.model)
+        ours = {name: info for name, info in ours.items() if name.startswith("vision.")}
+        assert plan_export(TIMM.rules(what, None), ours, "ours").keys() == trunk.keys()
 
 
 EVA = [name for name in VARIANTS if name.startswith("EVA")]
