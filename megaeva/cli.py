@@ -372,6 +372,23 @@ def bench_checkpoint(
         typer.echo(line)
 
 
+@bench_app.command("convert")
+@explained
+def bench_convert(
+    model: Annotated[str, typer.Option(help="A published model.")] = "EVA02-CLIP-bigE-14-plus",
+    rounds: Annotated[int, typer.Option(min=1, help="Conversions and copies of each kind.")] = 3,
+    folder: Annotated[Path, typer.Option(help="Whose disk is written to; left as it was.")] = Path("build"),
+) -> None:
+    """Convert random weights from EVA's file to a run's folder and on to Hugging Face, beside the disk's plain copy.
+
+    Needs four times the weights' bytes on the disk: 40 GB as it stands.
+    """
+    from megaeva.bench.command import run_convert
+
+    for line in run_convert(model, rounds, folder):
+        typer.echo(line)
+
+
 @bench_app.command("layouts")
 @explained
 def bench_layouts(

@@ -130,6 +130,24 @@ def run_checkpoint(
     yield from timed.report(command)
 
 
+def run_convert(model: str, rounds: int, folder: Path) -> Iterator[str]:
+    """Yields lines to print: what was measured, and its rows for benchmarks/log.md.
+
+    Raises:
+        UserError: an unknown model, one that EVA's layout cannot hold, or a disk that is too small.
+    """
+    section = find_model(model)
+    from megaeva.bench.convert import benchmark_convert, plan_lines
+
+    command = f"megaeva bench convert --model {model} --rounds {rounds}"
+    yield command
+    timed = []
+    for one in benchmark_convert(section, num_rounds=rounds, folder=folder):
+        timed.append(one)
+        yield from one.report(command)
+    yield from plan_lines(timed, section)
+
+
 def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir: Path) -> bool:
     """Makes what is left of the runs, prints table, rows for benchmarks/log.md and verdict, writes layouts.json.
 

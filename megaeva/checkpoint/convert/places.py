@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -56,7 +57,7 @@ class PlacedTensors:
         shape, dtype = place.info.shape, place.info.dtype
         flat = torch.empty(place.span, dtype=dtype)
         try:
-            got = read_bytes(self._descriptor(place.file), as_bytes(flat), place.offset)
+            got = read_bytes(self._descriptor(place.file), memory(flat), place.offset)
         except OSError as error:
             raise CheckpointError(
                 f"{place.file}: {name} cannot be read ({error.strerror}); the file must be readable throughout; "
@@ -79,11 +80,6 @@ class PlacedTensors:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
         return self._descriptors[file]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_bytes(descriptor: int, target: memoryview, offset: int) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megaeva.checkpoint.convert.destination import Beside, Destination
 from megaeva.checkpoint.convert.format import MAX_SHARD_BYTES
-from megaeva.checkpoint.convert.places import Place, as_bytes, dense_stride, write_bytes
+from megaeva.checkpoint.convert.places import Place, dense_stride, write_bytes
 from megaeva.checkpoint.layout import write_durably
+from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -100,7 +101,7 @@ class SafetensorsSink:
         """See `TensorSink.write`."""
         descriptor, offset, info = self._places.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{name} is not as announced"
-        write_bytes(descriptor, as_bytes(tensor.contiguous()), offset)
+        write_bytes(descriptor, memory(tensor.contiguous()), offset)
 
     def finish(self) -> None:
         """See `TensorSink.finish`."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaeva.checkpoint.convert.destination import Beside, Destination
-from megaeva.checkpoint.convert.places import Place, as_bytes, write_bytes
+from megaeva.checkpoint.convert.places import Place, write_bytes
+from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -264,7 +265,7 @@ class TorchSink:
         info, hole = self._holes.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{name} is not as announced"
         assert self._descriptor is not None
-        data = as_bytes(tensor.contiguous())
+        data = memory(tensor.contiguous())
         if data:
             write_bytes(self._descriptor, data, hole.offset)
             checksum = memoryview(struct.pack("<I", zlib.crc32(data)))
