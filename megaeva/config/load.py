@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from megaeva.config.explain import Partial, explain, is_free, report, section_of
 from megaeva.config.problem import Problem
-from megaeva.config.schema import Config, LoopConfig, Section, StageSection
+from megaeva.config.schema import Config, LoopConfig, ModelSection, Section, StageSection
 from megaeva.config.source import COMMAND_LINE, Dumper, Keys, Source, gather, get_in, leaves, merge, shown
 from megaeva.config.validate import LOOP_RULES, RULES, problems
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 
-_ConfigT = TypeVar("_ConfigT", Config, LoopConfig)
+_ConfigT = TypeVar("_ConfigT", bound=Section)
 
 
 def _expand_variant(source: Source) -> tuple[dict[str, Any], bool]:
@@ -102,6 +102,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if source.errors or cfg is None:
         raise _finish(path, source)
     return cfg
+
+
+class _ModelOnly(Section):
+    model: ModelSection
+
+
+def load_model(path: str | Path) -> ModelSection:
+    """The checked `model` section of a YAML file, a recipe or not; other sections are not looked at.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    path = Path(path)
+    source, _ = gather(path, ())
+    values, _ = _expand_variant(source)
+    cfg = None if source.errors else _check(_ModelOnly, (), source, {"model": values.get("model", {})})
+    if cfg is None:
+        raise _finish(path, source)
+    return cfg.model
 
 
 def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:

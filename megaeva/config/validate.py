@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from megaeva.config.layout import LAYOUT_RULES, teacher_problems
 from megaeva.config.problem import Problem, divisors
-from megaeva.config.schema import Config, LoopConfig, TextSection, VisionSection
+from megaeva.config.schema import Config, LoopConfig, Section, TextSection, VisionSection
 from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
 from megaeva.errors import ConfigError
 
 CLIP_VOCAB_SIZE = 49408
 _FOLDER_NAME = re.compile(r"\w[\w.-]*")
-_ConfigT = TypeVar("_ConfigT", Config, LoopConfig)
+_ConfigT = TypeVar("_ConfigT", bound=Section)
 
 
 class UnknownValue(Exception):

@@ -5,7 +5,7 @@ it. A tower must fit into memory twice, in fp32: unlike a conversion this does n
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ class _WholeVocabulary:
         shown["text." + _TOKENS] = TensorInfo(
             (CLIP_VOCABULARY, shown["text." + _TOKENS].shape[1]), shown["text." + _TOKENS].dtype
         )
-        self.infos = shown
+        self.infos: Mapping[str, TensorInfo] = shown
 
     def read(self, name: str) -> Tensor:
         tensor = self._source.read(name)

@@ -1,0 +1,113 @@
+"""`megaeva convert`: a conversion, or ONNX graphs, and what other implementations make of the result."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megaeva.checkpoint.convert.command import MEGAEVA, convert, open_in_ours
+from megaeva.checkpoint.convert.contents import Contents
+from megaeva.checkpoint.convert.destination import refuse_existing
+from megaeva.checkpoint.convert.format import formats
+from megaeva.checkpoint.convert.resize import Method, resized
+from megaeva.checkpoint.convert.vocabulary import exported_text
+from megaeva.config.schema import ModelSection
+from megaeva.errors import CheckpointError
+from megaeva.export.check import Side, compare
+from megaeva.export.onnx import write_onnx
+
+ONNX = "onnx"
+
+
+def run_convert(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    model: ModelSection | str | None,
+    image_size: int | None,
+    patch_size: int | None,
+    resize: Method,
+    shard_bytes: int,
+    check: bool,
+) -> Iterator[str]:
+    """Does it, and yields the lines for the user.
+
+    Args:
+        model: what the source is, where neither it nor the configuration beside it says so.
+        check: run source and destination in the implementations of their formats too, and compare.
+
+    Raises:
+        UserError: the source, the destination or the pair of them; says which, what must be and what to do.
+        OSError: the disk, under `to` onnx.
+    """
+    _require_known(to)
+    if to == ONNX:
+        refuse_existing(destination)
+        weights, what, source_format, notes = open_in_ours(source, model)
+        try:
+            vision = what.model.vision
+            sizes = (image_size or vision.image_size, patch_size or vision.patch_size)
+            weights, what = resized(weights, what, *sizes, resize)
+            yield f"{source} ({source_format}) -> {destination} ({ONNX})"
+            yield from notes
+            yield from write_onnx(weights, what, destination)
+        finally:
+            weights.close()
+    else:
+        report = convert(
+            source,
+            destination,
+            to=to,
+            model=model,
+            image_size=image_size,
+            patch_size=patch_size,
+            resize=resize,
+            shard_bytes=shard_bytes,
+        )
+        yield from report.lines()
+        what = report.contents
+    if check:
+        yield from _check(source, model, destination, to, what)
+
+
+def _require_known(to: str) -> None:
+    known = [MEGAEVA, *(form.name for form in formats()), ONNX]
+    if to not in known:
+        near = difflib.get_close_matches(to.lower(), known, n=2, cutoff=0.5)
+        raise CheckpointError(
+            f"--to {to} is not a known format; it must be one of {', '.join(known)}; "
+            + (f"did you mean {' or '.join(near)}?" if near else "name one of them.")
+        )
+
+
+def _check(source: Path, model: ModelSection | str | None, destination: Path, to: str, made: Contents) -> Iterator[str]:
+    """Compares what was converted: outputs of megaeva with those of the implementations of both formats.
+
+    Args:
+        made: what the destination holds.
+    """
+    weights, what, source_format, _ = open_in_ours(source, model)
+    weights.close()
+    given = Side(source, source_format, model)
+    others = []
+    same_size = _size(what) == _size(made)
+    if source_format != MEGAEVA and (same_size or to == ONNX):
+        others.append(given)
+    elif not same_size:
+        yield f"{source} is not compared: its images or patches are of another size than those of {destination}"
+    ours = given
+    if to == MEGAEVA:
+        ours = Side(destination, MEGAEVA)
+    elif to != ONNX:
+        written = Side(destination, to, made.model.model_copy(update={"text": exported_text(made)}))
+        others.append(written)
+        if source_format != MEGAEVA or not same_size:
+            ours = written
+    if not others:
+        yield f"nothing to check: {source} and {destination} are both megaeva's own"
+    else:
+        yield from compare(ours, others, what.clip_ids if ours is given else None)
+
+
+def _size(what: Contents) -> tuple[int, int]:
+    return what.model.vision.image_size, what.model.vision.patch_size
