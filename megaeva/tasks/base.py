@@ -23,7 +23,7 @@ class Task(Protocol):
 
     towers: Sequence[Tower]
     grid: Grid
-    start_reports: Sequence[LoadReport]
+    start_reports: list[LoadReport]
 
     def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
         """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced.
