@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,8 @@ class RandomWeights:
     def __init__(self, model: ModelSection) -> None:
         self._draw = torch.Generator().manual_seed(0)
         self._pool = torch.randn(_POOL, generator=self._draw).mul_(0.02).half()
-        self.infos = {name: TensorInfo(shape, torch.float16) for name, shape in shapes(Contents("clip", model)).items()}
+        ours = shapes(Contents("clip", model))
+        self.infos: Mapping[str, TensorInfo] = {name: TensorInfo(shape, torch.float16) for name, shape in ours.items()}
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""
