@@ -23,7 +23,6 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 NUM_RANKS = 2
-TOTAL_STEPS = 40
 # With CLIP's vocabulary 13 MB of a save: most of its time goes into copying and writing.
 TOWER = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 32}
 Losses = dict[str, tuple[float, float]]
@@ -151,15 +150,12 @@ def in_a_fork(function: Callable[[], Any]) -> Any:
 def check_whole(recipe: Path) -> list[str]:
     """Names of the finished checkpoints, whose every byte was read and compared with its checksum."""
     from megaeva.checkpoint.layout import complete_checkpoints
-
-    return [f.name for f in complete_checkpoints(recipe.parent / "run" / "checkpoints")]
     from megaeva.checkpoint.torch_dist import Reader
 
     found = complete_checkpoints(recipe.parent / "run" / "checkpoints")
     for folder in found:
         reader = Reader(folder)
-        for name in reader.infos:
-            reader.read(name)
+        reader.verify()
         reader.close()
     return [folder.name for folder in found]
 
@@ -173,9 +169,9 @@ def read_losses(recipe: Path) -> Losses:
 def nursery(folder: Path, kills: list[Kill]) -> None:
     """Trains in `folder`/whole, and in `folder`/killed with these kills and then to the end; writes report.json."""
     import torch
-    import torch.utils.tensorboard  # noqa: F401  loaded once, before the forks
+    import torch.utils.tensorboard
 
-    import megaeva.trainer  # noqa: F401
+    import megaeva.trainer  # noqa: F401  loaded once, before the forks
     from megaeva.parallel import platform, watch
 
     torch.set_num_threads(1)
@@ -194,7 +190,7 @@ def nursery(folder: Path, kills: list[Kill]) -> None:
 # ------------------------------------------------------------------------------------------------ what is asked of it
 
 
-def write_recipe(folder: Path, shards: str) -> None:
+def write_recipe(folder: Path, shards: str, num_steps: int) -> None:
     vision = TOWER | {"image_size": 16, "patch_size": 8, "activation": "gelu", "qkv_bias": "qkv"}
     content = {
         "task": "contrastive",
@@ -204,7 +200,7 @@ def write_recipe(folder: Path, shards: str) -> None:
         "data": {"train": [shards], "shuffle_buffer": 8},
         "optim": {"vision": {"lr": 1e-3}},
         "train": {
-            "total_samples": 8 * TOTAL_STEPS, "global_batch_size": 8, "precision": "fp32", "log_every_steps": 1,
+            "total_samples": 8 * num_steps, "global_batch_size": 8, "precision": "fp32", "log_every_steps": 1,
             "timeout_minutes": 0.5,
         },
         "save": {"every_steps": 1, "keep": 2},
@@ -213,7 +209,7 @@ def write_recipe(folder: Path, shards: str) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
 
 
-def run_kills(folder: Path, kills: list[Kill]) -> list[dict[str, Any]]:
+def run_kills(folder: Path, kills: list[Kill], num_steps: int) -> list[dict[str, Any]]:
     """What became of each job with a kill, after checking that the run got over all of them.
 
     Each job is {"status": {rank: exit code}, "checkpoints": names of the whole ones after it, "output": text}.
@@ -222,17 +218,17 @@ def run_kills(folder: Path, kills: list[Kill]) -> list[dict[str, Any]]:
 
     make_shards(folder / "shards", num_shards=2, samples_per_shard=16, image_size=32, seed=0)
     for name in ("whole", "killed"):
-        write_recipe(folder / name, f"{folder}/shards/*.tar")
+        write_recipe(folder / name, f"{folder}/shards/*.tar", num_steps)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     plan = json.dumps([vars(kill) for kill in kills])
     subprocess.run([sys.executable, __file__, str(folder), plan], env=environment, check=True, timeout=1800)
     report = json.loads((folder / "report.json").read_text())
     whole, *killed, last = report["jobs"]
-    everything = [f"step_{step:08d}" for step in (TOTAL_STEPS - 1, TOTAL_STEPS)]
+    everything = [f"step_{step:08d}" for step in (num_steps - 1, num_steps)]
     for job in (whole, last):
         assert job["status"] == {"0": 0, "1": 0}, job
         assert job["checkpoints"] == everything, job
-    assert len(report["losses"]["whole"]) == TOTAL_STEPS
+    assert len(report["losses"]["whole"]) == num_steps
     assert report["losses"]["killed"] == report["losses"]["whole"]
     assert sorted(os.listdir(folder / "killed" / "run" / "checkpoints")) == everything, "nothing is left of the dead"
     for kill, job in zip(kills, killed, strict=True):
@@ -243,14 +239,30 @@ def run_kills(folder: Path, kills: list[Kill]) -> list[dict[str, Any]]:
     return killed
 
 
-def random_kills(seed: int, number: int, ranks: list[tuple[int, ...]]) -> list[Kill]:
+def random_kills(seed: int, number: int) -> list[Kill]:
+    """Half of them of both ranks, within what some saves take."""
     moments = random.Random(seed)
-    return [Kill(moments.choice(ranks), seconds=moments.uniform(0.0, 0.3)) for _ in range(number)]
+    ranks = [((0, 1), (0,), (0, 1), (1,))[i % 4] for i in range(number)]
+    return [Kill(who, moments.uniform(0.0, 0.4)) for who in ranks]
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    jobs = run_kills(tmp_path, random_kills(0, 6, [(0, 1)]) + [Kill((0,), 0.05), Kill((1,), 0.1)])
-    assert any(job["checkpoints"] for job in jobs), "a job that dies before its first save says nothing"
+def test_killed_at_random_moments_and_between_two_operations(tmp_path: Path) -> None:
+    # Rank 0: before a checkpoint gets its name, and while an old one is removed; rank 1: before its file is made.
+    operations = [Kill((0,), operation=7), Kill((0,), operation=10), Kill((1,), operation=0)]
+    jobs = run_kills(tmp_path, [*random_kills(0, 4), *operations], num_steps=24)
+    assert any(job["checkpoints"] for job in jobs), "jobs that die before their first save say nothing"
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments(tmp_path: Path) -> None:
+    run_kills(tmp_path, random_kills(1, 60), num_steps=400)
+
+
+@pytest.mark.slow
+def test_killed_before_every_operation(tmp_path: Path) -> None:
+    """Of two saves in a row: the folder, the files, their names, the removal of the oldest."""
+    kills = [Kill((rank,), operation=number) for rank, count in ((0, 36), (1, 2)) for number in range(count)]
+    run_kills(tmp_path, kills, num_steps=100)
 
 
 if __name__ == "__main__":
