@@ -1,4 +1,4 @@
-"""The `megaeva` command: doctor, demo, data, train, loop, eval, bench.
+"""The `megaeva` command: doctor, demo, data, train, loop, eval, convert, inspect, bench.
 
 Nothing heavy is imported before a command runs: the help appears at once, and a mistake in a recipe is told before
 torch is loaded. Mistakes of the user end in their message and exit code 2, a job that died in 1, Ctrl-C in 130.
@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
 from megaeva.errors import INTERRUPTED, ConfigError, DataError, UserError, explain_disk_error
+
+if TYPE_CHECKING:
+    from megaeva.config.schema import ModelSection
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -46,6 +49,13 @@ Overrides = Annotated[
     typer.Argument(metavar="key.path=value", help="Set on top of the recipe.", show_default=False),
 ]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes here, one for each GPU or core.")]
+Variant = Annotated[
+    str | None, typer.Option("--variant", metavar="NAME", help="The published model it is.", show_default=False)
+]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--model-config", metavar="FILE", help="A recipe whose `model` it is.", show_default=False),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each.", show_default=False)]
 
 
@@ -260,6 +270,79 @@ def evaluate(
     run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
 
 
+@app.command()
+@explained
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A file or folder of weights, or a run.", show_default=False)
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Must not exist.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="megaeva, eva, eva-mim, open_clip, openai, hf-clip, hf-eva, timm or onnx.",
+            show_default=False,
+        ),
+    ],
+    variant: Variant = None,
+    model_config: ModelConfig = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Resize to it.", show_default="that of SRC")] = None,
+    patch_size: Annotated[int | None, typer.Option(min=1, help="Resize to it.", show_default="that of SRC")] = None,
+    resize: Annotated[
+        Literal["upstream", "timm"], typer.Option(help="Bicubic as EVA-CLIP's scripts, or antialiased as timm.")
+    ] = "upstream",
+    shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest file of a folder of safetensors.")] = 5.0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare outputs with those of open_clip, timm or transformers.")
+    ] = False,
+) -> None:
+    """Write weights in another format.
+
+    The format of SRC is found out, and which model it is as far as its tensors or a file beside it say so. Streams:
+    no more than a few tensors are in memory, but for onnx and --check.
+    """
+    model = _named_model(variant, model_config)
+    from megaeva.export.command import run_convert
+
+    lines = run_convert(
+        source,
+        destination,
+        to,
+        model=model,
+        image_size=image_size,
+        patch_size=patch_size,
+        resize=resize,
+        shard_bytes=int(shard_gib * 2**30),
+        check=check,
+    )
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+@explained
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file or folder of weights, or a run.", show_default=False)
+    ],
+    variant: Variant = None,
+    model_config: ModelConfig = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every tensor: checksums, and finite numbers.")] = False,
+) -> None:
+    """Say what a file of weights or a checkpoint is.
+
+    Its format, the models it could be, parameters, dtypes and shapes, and what is missing or not explained.
+    """
+    model = _named_model(variant, model_config)
+    from megaeva.checkpoint.convert.inspect import inspect as lines_about
+
+    for line in lines_about(source, model=model, tensors=tensors, verify=verify):
+        typer.echo(line)
+
+
 @bench_app.command("step")
 @explained
 def bench_step(
@@ -446,6 +529,19 @@ def refuse_old_run(run_dir: Path) -> None:
             f"run_dir={run_dir} holds checkpoints of an earlier run, a fresh run needs a new folder; "
             "add --resume to continue it, or set run_dir=... to another folder."
         )
+
+
+def _named_model(variant: str | None, model_config: Path | None) -> "ModelSection | str | None":
+    if variant is not None and model_config is not None:
+        raise ConfigError(
+            f"--variant {variant} and --model-config {model_config} both say which model it is; one is enough; "
+            "leave one out."
+        )
+    if model_config is None:
+        return variant
+    from megaeva.config import load_model
+
+    return load_model(model_config)
 
 
 def _run_loop(recipe: Path, overrides: list[str]) -> Path:
