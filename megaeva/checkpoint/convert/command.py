@@ -95,13 +95,15 @@ def convert(
     refuse_existing(destination)
     weights, contents, source_format, notes = open_in_ours(source, model)
     try:
-        weights, contents = resized(
-            weights,
-            contents,
-            image_size or contents.model.vision.image_size,
-            patch_size or contents.model.vision.patch_size,
-            resize,
-        )
+        before = contents.model.vision
+        sizes = image_size or before.image_size, patch_size or before.patch_size
+        if sizes != (before.image_size, before.patch_size):
+            weights, contents = resized(weights, contents, *sizes, resize)
+            notes = [
+                *notes,
+                f"resized ({resize}) from images of {before.image_size} px in patches of {before.patch_size} px to "
+                f"{sizes[0]} px in patches of {sizes[1]} px",
+            ]
         if target is None:
             plan, tensors = weights.infos, _all(weights)
         else:

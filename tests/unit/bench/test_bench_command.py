@@ -35,6 +35,7 @@ def run(*arguments: str) -> Any:
         (("data", "--peer", "plain"), "'plain'"),
         (("data", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
         (("data", "--workers", "0"), "--workers"),
+        (("convert", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
     ],
 )
 def test_what_cannot_be_run_is_explained(arguments: tuple[str, ...], expected: str) -> None:
@@ -92,3 +93,20 @@ def test_open_clip_must_be_installed(
     result = run(*arguments)
     assert result.exit_code == 2
     assert expected in result.stderr and "pip install 'megaeva[eval]'" in result.stderr
+
+
+@pytest.mark.slow  # starts four processes
+def test_convert_measures_both_ways_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.helpers.tiny import tiny
+
+    monkeypatch.setattr("megaeva.bench.command.find_model", tiny)
+    model = "EVA02-CLIP-bigE-14-plus"
+    result = run("convert", "--rounds", "2", "--folder", str(tmp_path / "scratch"))
+    assert result.exit_code == 0, result.output
+    command, first, first_row, second, second_row, *planned = result.stdout.splitlines()
+    assert command == f"megaeva bench convert --model {model} --rounds 2"
+    for name, sentence, row in (("eva -> megaeva", first, first_row), ("megaeva -> hf-eva", second, second_row)):
+        assert sentence.startswith(f"{name}: 0.00 GB in") and "peak resident memory 0." in sentence
+        assert f"| {name}, `{command}` |" in row
+    assert len(planned) == 2 and all("planned: EVA-CLIP-18B in half precision, 36.65 GB" in line for line in planned)
+    assert list((tmp_path / "scratch").iterdir()) == []

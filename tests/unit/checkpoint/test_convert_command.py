@@ -151,7 +151,8 @@ def test_a_published_variant_is_told_by_its_shapes_and_the_report_says_so(tmp_pa
 
 def test_another_image_size(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", what_of(EVA))
-    convert(run, tmp_path / "large", to="megaeva", image_size=24)
+    report = convert(run, tmp_path / "large", to="megaeva", image_size=24)
+    assert report.notes == ("resized (upstream) from images of 16 px in patches of 4 px to 24 px in patches of 4 px",)
     before, after = read(run), read(tmp_path / "large")
     expected = resize_positions(before["vision.pos_embed"], 6, method="upstream", ln_pre=False)
     assert torch.equal(after["vision.pos_embed"], expected)
