@@ -8,7 +8,6 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megaeva.checkpoint.convert.contents import Contents
@@ -51,16 +50,16 @@ def identify(source: TensorSource, form: Format, *, model: ModelSection | str | 
     """Returns what a file of `form` holds, once its table explains every tensor.
 
     Args:
-        model: what the user says that it is: sizes, or a name in VARIANTS. It wins over a configuration beside the
-            file, from which preprocessing is still taken.
+        model: what the user says that it is: sizes, or a name in VARIANTS. Of a configuration beside the file only the
+            preprocessing is taken then, and one that cannot be read is passed over.
 
     Raises:
-        CheckpointError: the model given, or the configuration beside the file, contradicts the tensors; or nothing is
-            given and no published variant fits, or several that differ in what shapes do not show.
+        CheckpointError: the model given, or the configuration beside the file, contradicts the tensors or the other;
+            or nothing is given and no published variant fits, or several that differ in what shapes do not show.
     """
     if model is not None:
         section = published(model) if isinstance(model, str) else model
-        what = _as_file(source, form, _with_preprocess(source, form, section))
+        what = _as_file(source, form, _given(source, form, section))
         _must_fit(source, form, what, f"the model given ({section.variant or 'its sizes'})")
         return what
     beside = form.read_config(source.path)
@@ -91,9 +90,7 @@ def taken_by_name(source: TensorSource, form: Format, what: Contents) -> list[st
     if form.read_config(source.path) is not None:
         return []
     names = candidates(source, form)
-    parts = ("vision", "text") if what.kind == "clip" else ("vision",)
-    keys = [f"{part}.{key}" for part in parts for key in _UNSEEN[part]]
-    values = [f"{key}={value}" for key, value in _values(what.model, keys).items() if key not in form.implied]
+    values = [f"{key}={value}" for key, value in _values(what.model, _unseen(what)).items() if key not in form.implied]
     return [
         f"taken for {' or '.join(names)}, which no other variant's shapes are; not shown by them: {', '.join(values)}"
     ]
@@ -227,15 +224,33 @@ def _values(model: ModelSection, keys: Mapping[str, Any] | list[str]) -> dict[st
     return {key: flat[key] for key in keys}
 
 
-def _with_preprocess(source: TensorSource, form: Format, model: ModelSection) -> Contents:
+def _given(source: TensorSource, form: Format, model: ModelSection) -> Contents:
     """The given model, prepared as the configuration beside the file says, where one can be read."""
     try:
-        beside = form.read_config(Path(source.path))
-    except CheckpointError:  # of a model that is not ours: it is the user's word that counts
+        beside = form.read_config(source.path)
+    except CheckpointError:  # of a model that is not ours, or damaged: it is the user's word that counts
         beside = None
     if beside is None:
         return Contents(form.kinds[0], model)
+    keys = _unseen(beside)
+    one, other = _values(beside.model, keys), _values(model, keys)
+    lines = [f"{key}: is {other[key]}, the configuration says {one[key]}" for key in keys if one[key] != other[key]]
+    if lines:
+        raise CheckpointError(
+            f"{source.path} ({form.name}): the model given contradicts the configuration beside it in what shapes "
+            f"do not show:\n{_listed(lines)}\nBoth must agree; leave the model out, or move the configuration away."
+        )
     return replace(beside, model=model)
+
+
+def _unseen(what: Contents) -> list[str]:
+    """Dotted keys that the tensors of such a model do not show."""
+    vision = what.model.vision
+    shown = {"vision.activation"} if vision.activation == "swiglu" else set()
+    if not vision.rope:
+        shown.add("vision.rope_pretrain_grid")
+    parts = ("vision", "text") if what.kind == "clip" else ("vision",)
+    return [key for part in parts for key in (f"{part}.{name}" for name in _UNSEEN[part]) if key not in shown]
 
 
 def _listed(lines: list[str]) -> str:

@@ -326,7 +326,7 @@ def test_the_user_s_word_is_checked() -> None:
         identify(source, NATIVE, model="ViT-B-16")
 
 
-def test_the_user_s_word_wins_over_the_configuration(tmp_path: Path) -> None:
+def test_the_user_s_word_and_the_configuration(tmp_path: Path) -> None:
     quick = Contents("clip", published("ViT-B-16-quickgelu"), Preprocess(resize="squash"))
     write_open_clip_config(tmp_path, quick)
     source = _announced(OPEN_CLIP, quick)
@@ -334,8 +334,9 @@ def test_the_user_s_word_wins_over_the_configuration(tmp_path: Path) -> None:
     found = identify(source, OPEN_CLIP)
     assert found == replace(quick, source=tmp_path, model=found.model)
     assert found.model.text.activation == "quick_gelu" and taken_by_name(source, OPEN_CLIP, found) == []
-    given = identify(source, OPEN_CLIP, model="ViT-B-16")
-    assert given.model.text.activation == "gelu" and given.preprocess == quick.preprocess
+    assert identify(source, OPEN_CLIP, model="ViT-B-16-quickgelu").preprocess == quick.preprocess
+    with pytest.raises(CheckpointError, match=r"text\.activation: is gelu, the configuration says quick_gelu"):
+        identify(source, OPEN_CLIP, model="ViT-B-16")
     # One that cannot be read is no hindrance to a model that is given.
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
