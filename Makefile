@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast parity lint format bench bench-loss bench-step bench-data bench-demo cuda-check clean
+.PHONY: help demo test test-fast parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-loss  the contrastive loss beside open_clip's, on one process, two and four, and alone at 4 sizes (an hour)"
 	@echo "make bench-step  a training step beside open_clip, plain PyTorch, and uncut captions (twenty minutes)"
 	@echo "make bench-data  the loader beside webdataset and Pillow (two minutes)"
+	@echo "make bench-checkpoint  what training waits for a save that is written beside it (two minutes)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
@@ -78,6 +79,9 @@ bench-step: $(VENV)/.demo
 
 bench-data: $(VENV)/.test
 	$(BIN)/megaeva bench data --peer webdataset
+
+bench-checkpoint: $(VENV)/.demo
+	$(BIN)/megaeva bench checkpoint
 
 cuda-check:
 	@mkdir -p build/cuda-check

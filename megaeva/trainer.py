@@ -147,7 +147,7 @@ class Trainer:
         except Exception as caught:
             error = caught
         interrupts = [self.signal_received == number for number in _SIGNALS]
-        flags = [error is not None, self._save_is_due(), self.saves.is_over, *interrupts]
+        flags: list[float] = [error is not None, self._save_is_due(), self.saves.is_over, *interrupts]
         failed, save, saves_over, *stops = all_sum(flags, self.runtime)
         if failed:
             self._save_finished_steps()
