@@ -20,11 +20,13 @@ def opened_start(path: str, cfg: Config, parts: Sequence[Part]) -> Iterator[Weig
         CheckpointError: on every rank: they cannot be read, have no such tower, or one of another kind.
     """
     with together("opening weights"):
-        weights = open_weights(path, model=cfg.model, parts=parts)
+        subset = cfg.data.tokenizer_subset if "text" in parts else None
+        clip_ids = None if subset is None else tuple(read_subset(Path(subset)))
+        weights = open_weights(path, model=cfg.model, parts=parts, clip_ids=clip_ids)
         for part in parts:
             weights = for_tower(weights, cfg.model, part)
         if "text" in parts:
-            _check_vocabulary(weights, cfg)
+            _check_vocabulary(weights, cfg, clip_ids)
     try:
         yield weights
     finally:
@@ -47,14 +49,14 @@ def opened_teacher(path: str) -> Weights:
     return weights
 
 
-def _check_vocabulary(weights: Weights, cfg: Config) -> None:
+def _check_vocabulary(weights: Weights, cfg: Config, clip_ids: tuple[int, ...] | None) -> None:
     """Rows of a token embedding mean nothing under another numbering of tokens, of however many."""
-    subset, contents = cfg.data.tokenizer_subset, weights.contents
+    contents = weights.contents
     if contents.clip_ids is None and contents.model.text.vocab_size < CLIP_VOCAB_SIZE:
         return  # a run of a megaeva that did not write it down
-    if contents.clip_ids != (None if subset is None else tuple(read_subset(Path(subset)))):
+    if contents.clip_ids != clip_ids:
         raise CheckpointError(
-            f"{weights.path} has embeddings of another vocabulary than data.tokenizer_subset={subset}; a text tower "
-            "must go on with the tokens that it knows; use the vocab.json of the run that made it, none for a "
-            "published CLIP."
+            f"{weights.path} has embeddings of another vocabulary than data.tokenizer_subset="
+            f"{cfg.data.tokenizer_subset}; a text tower must go on with the tokens that it knows; use the vocab.json "
+            "of the run that made it."
         )

@@ -15,6 +15,7 @@ from megaeva.checkpoint.convert.resize import PATCHES, POSITIONS
 from megaeva.checkpoint.convert.rules import Imported
 from megaeva.checkpoint.convert.sidecar import info_contents
 from megaeva.checkpoint.convert.streaming import Finite
+from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
 from megaeva.checkpoint.torch_dist import Reader
 from megaeva.config.schema import ModelSection
@@ -62,7 +63,13 @@ class Weights:
         self.source.close()
 
 
-def open_weights(path: str | Path, *, model: ModelSection | None = None, parts: Sequence[Part] = ()) -> Weights:
+def open_weights(
+    path: str | Path,
+    *,
+    model: ModelSection | None = None,
+    parts: Sequence[Part] = (),
+    clip_ids: tuple[int, ...] | None = None,
+) -> Weights:
     """Opens a run's newest checkpoint, one checkpoint, or a file of any supported format. Each rank for itself.
 
     A file is of the model that the configuration beside it says, else of the published variant that its tensors are.
@@ -71,6 +78,7 @@ def open_weights(path: str | Path, *, model: ModelSection | None = None, parts: 
         model: of the recipe that starts here. It decides where nothing else does: between variants that the tensors
             fit alike; and where they fit none, a file that fits this model, at its own image and patch size, is of it.
         parts: towers that the recipe takes from the file, which decide between variants.
+        clip_ids: the part of CLIP's vocabulary that the recipe has; those rows are taken of a file that has all.
 
     Raises:
         CheckpointError: it cannot be read, is of no known format, or of a model that cannot be told.
@@ -82,6 +90,10 @@ def open_weights(path: str | Path, *, model: ModelSection | None = None, parts: 
     try:
         form = identify.recognise(source)
         contents, notes = _identified(source, form, model, parts)
+        if model is not None and clip_ids is not None and contents.model.text.vocab_size == CLIP_VOCABULARY:
+            text = contents.model.text.model_copy(update={"vocab_size": model.text.vocab_size})
+            contents = replace(contents, clip_ids=clip_ids, model=contents.model.model_copy(update={"text": text}))
+            notes.append(f"text.token_embedding.weight: {len(clip_ids):,} of its {CLIP_VOCABULARY:,} rows")
         rules = form.rules(contents, source.infos.keys())
         imported = Imported(source, rules, ours.shapes(contents))
     except BaseException:

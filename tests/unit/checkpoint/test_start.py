@@ -278,6 +278,26 @@ def test_another_vocabulary_is_refused(runtime: Runtime, tmp_path: Path) -> None
         Contrastive(recipe(tmp_path, model, init={"text": str(folders[1])}, **data), runtime)
 
 
+def test_a_part_of_a_files_vocabulary(runtime: Runtime, tmp_path: Path) -> None:
+    """A file has all of CLIP's tokens; a recipe with a subset takes the rows of its own."""
+    ids = [*range(512), 1000, 49406, 49407]
+    (tmp_path / "vocab.json").write_text(json.dumps({"clip_ids": ids}))
+    model = tiny(OPENAI_B32)
+    sized = {
+        n: model.model_copy(update={"text": model.text.model_copy(update={"vocab_size": n})}) for n in (520, 49408)
+    }
+    what = Contents("clip", sized[49408])
+    ours = random_weights(what)
+    export(OPEN_CLIP, what, ours, tmp_path / "clip")
+    data = {"data": {"train": ["x"], "tokenizer_subset": str(tmp_path / "vocab.json")}}
+    for key in ("text", "clip"):
+        task = Contrastive(recipe(tmp_path, sized[520], init={key: str(tmp_path / "clip")}, **data), runtime)
+        state, name = state_of(task.model), "text.token_embedding.weight"
+        assert torch.equal(state[name][:515], ours[name][ids])
+        assert_loaded(state, ours, "text", "token_embedding", "head")
+        assert f"{name}: 515 of its 49,408 rows" in task.start_reports[0].notes
+
+
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 
