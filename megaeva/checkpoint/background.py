@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaeva.checkpoint.pieces import Piece
 from megaeva.checkpoint.store import CheckpointStore, Save
-from megaeva.checkpoint.torch_dist import FileIndex
+from megaeva.checkpoint.torch_dist import FileIndex, first_line
+from megaeva.errors import CheckpointError
 from megaeva.parallel import watch
 from megaeva.parallel.platform import copier_to_host, host_memory
 
@@ -116,7 +117,7 @@ class Saves:
         pieces = save.pieces
         try:
             if copy is not None:
-                self._copies = self._copies or [host_memory(piece.data) for piece in pieces]
+                self._copies = self._copies or _memory(pieces)
                 copy(self._copies)
                 pieces = [replace(piece, data=data) for piece, data in zip(pieces, self._copies, strict=True)]
             self._copied.set()
@@ -138,3 +139,12 @@ class Saves:
             if self._closed.is_set():
                 raise RuntimeError("the run has ended")
             yield piece
+
+
+def _memory(pieces: Sequence[Piece]) -> list[Tensor]:
+    try:
+        return [host_memory(piece.data) for piece in pieces]
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"no host memory for a copy of what the rank saves ({first_line(error)}); save.asynchronous=false needs none"
+        ) from error

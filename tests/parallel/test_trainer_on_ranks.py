@@ -1,10 +1,13 @@
 """The trainer on two ranks: data are shared out, a resumed run repeats every loss, one rank's error stops both."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaeva.checkpoint.torch_dist import FileWriter
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
 from megaeva.data.synthetic import make_shards
@@ -19,16 +22,15 @@ from tests.helpers.trainer_recipe import model, trainer_recipe
 STEPS, SAVED_AT, DIES_AT = 6, 3, 5
 
 
-def recipe(folder: Path, name: str) -> Config:
+def recipe(folder: Path, name: str, *, asynchronous: bool = False) -> Config:
     return trainer_recipe(
         folder,
         name,
         STEPS,
         model=model(vision_layers=2, text_layers=1),
         optim={"name": "lamb", "vision": {"lr": 1e-2}, "clip_grad_norm": 1.0},
-        parallel={"overlap_grad_reduce": True},
-        # Not in the background: a job that dies may or may not have finished such a save.
-        save={"every_steps": SAVED_AT, "asynchronous": False},
+        parallel={"overlap_grad_reduce": True, "overlap_param_gather": True},
+        save={"every_steps": SAVED_AT, "asynchronous": asynchronous},
     )
 
 
@@ -53,10 +55,22 @@ def run(runtime: Runtime, cfg: Config, *, resume: bool = False, dies_at: int | N
     return seen
 
 
+def slowly(write: Callable[..., None]) -> Callable[..., None]:
+    """A write after which a save takes as long as two steps."""
+
+    def call(*arguments: Any) -> None:
+        time.sleep(0.003)
+        write(*arguments)
+
+    return call
+
+
 def scenario(runtime: Runtime, folder: str) -> tuple[list[list[str]], list[str]]:
     """Sample keys of an uninterrupted run; what a broken loader of rank 1 raised on this rank."""
     root = Path(folder)
-    seen = run(runtime, recipe(root, "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileWriter, "write", slowly(FileWriter.write))
+        seen = run(runtime, recipe(root, "whole", asynchronous=True))
     with pytest.raises(Died):
         run(runtime, recipe(root, "cut"), dies_at=DIES_AT)
     again = run(runtime, recipe(root, "cut"), resume=True)
@@ -89,5 +103,10 @@ def test_two_ranks_share_resume_and_stop_together(tmp_path: Path) -> None:
     }
     assert [line["step"] for line in figures["whole"]] == list(range(1, STEPS + 1))
     assert figures["cut"] == figures["whole"], "bit for bit"
+    for step in (SAVED_AT, STEPS):
+        beside, waited = (tmp_path / name / "checkpoints" / f"step_{step:08d}" for name in ("whole", "cut"))
+        for rank in (0, 1):
+            file = f"__{rank}_0.distcp"
+            assert (beside / file).read_bytes() == (waited / file).read_bytes(), "written beside later steps, or not"
     assert errors[0].startswith("RemoteError: rank 1 failed while reading data: DataError: the disk of rank 1 is gone")
     assert errors[1] == "DataError: the disk of rank 1 is gone"

@@ -163,34 +163,38 @@ def test_a_synchronous_save_has_its_name_at_once_and_copies_nothing(
     run.saves.close()
 
 
-@pytest.mark.parametrize("where", ["write", "copy", "index"])
-@pytest.mark.parametrize("asynchronous", [True, False])
+def save_and_finish(run: Run, step: int) -> None:
+    run.save(step)
+    run.saves.gate()
+    run.saves.finish()
+
+
+FAILURES: dict[str, tuple[str, Exception, str]] = {
+    "disk": ("torch_dist.FileWriter.write", OSError(28, os.strerror(28)), "No space left on device"),
+    "memory": ("background.host_memory", RuntimeError("can't allocate"), r"no host memory .*save.asynchronous=false"),
+    "index": ("store.write_index", OSError(28, os.strerror(28)), "No space left on device"),
+}
+
+
+@pytest.mark.parametrize(
+    ("failure", "asynchronous"),
+    [("disk", True), ("memory", True), ("index", True), ("disk", False), ("index", False)],
+)
 def test_a_failure_is_told_when_ranks_meet_and_leaves_nothing(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, asynchronous: bool
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, asynchronous: bool
 ) -> None:
     run = Run(runtime, tmp_path, asynchronous=asynchronous)
     run.save(1)
     run.saves.finish()
+    run.saves._copies = []  # as if it were the first
+    place, error, words = FAILURES[failure]
 
-    def full(*_: object) -> None:
-        raise OSError(28, os.strerror(28))
+    def fail(*_: object) -> None:
+        raise error
 
-    owner, name = {
-        "write": (FileWriter, "write"),
-        "copy": (background, "host_memory"),
-        "index": (CheckpointStore, "_drop_old"),
-    }[where]
-    if where == "copy" and not asynchronous:
-        pytest.skip("it copies nothing")
-    run.saves._copies = []
-    if where == "index":
-        monkeypatch.setattr("megaeva.checkpoint.store.write_index", full)
-    else:
-        monkeypatch.setattr(owner, name, full)
-    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*step_00000002: No space left.*step_00000001$"):
-        run.save(2)
-        run.saves.gate()
-        run.saves.finish()
+    monkeypatch.setattr(f"megaeva.checkpoint.{place}", fail)
+    with pytest.raises(CheckpointError, match=rf"cannot write checkpoint .*step_00000002: {words}.*step_00000001$"):
+        save_and_finish(run, 2)
     assert run.names() == ["step_00000001"]
     assert (run.saves.begun, run.saves.finished) == (2, 1)
     assert not run.saves.in_flight
