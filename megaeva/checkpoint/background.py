@@ -146,5 +146,5 @@ def _memory(pieces: Sequence[Piece]) -> list[Tensor]:
         return [host_memory(piece.data) for piece in pieces]
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(
-            f"no host memory for a copy of what the rank saves ({first_line(error)}); save.asynchronous=false needs none"
+            f"no host memory for a copy of what a rank saves ({first_line(error)}); save.asynchronous=false needs none"
         ) from error
