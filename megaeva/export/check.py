@@ -81,7 +81,7 @@ def _compared(other: Side, ours: Side, batches: dict[str, Tensor], results: dict
                 raise CheckpointError(
                     f"{line}; they must agree to {TOLERANCE:.0e} of it: one of the files is of another model than it "
                     "was taken for (activation, heads or place of norms, which shapes do not show); "
-                    "give the right --variant or --model-config."
+                    "remove what was written, and give the right --variant or --model-config."
                 )
             yield line
     finally:

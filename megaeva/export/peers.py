@@ -1,16 +1,28 @@
-"""Implementations that this project did not write, with the weights of a file under the file's own names."""
+"""Implementations that this project did not write, with the weights of a file under the file's own names.
+
+They are built as the configuration beside the file says, where there is one: flags that shapes do not show are compared
+too then. Without one they are built as the file was taken for.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megaeva.checkpoint.convert.contents import Contents
-from megaeva.checkpoint.convert.hf_config import hf_clip_config
-from megaeva.checkpoint.convert.sidecar import mlp_ratio, open_clip_config
+from megaeva.checkpoint.convert.hf_config import CONFIG, hf_clip_config
+from megaeva.checkpoint.convert.sidecar import (
+    OPEN_CLIP_CONFIG,
+    TIMM_CONFIG,
+    beside,
+    mlp_ratio,
+    open_clip_config,
+    read_json,
+)
 from megaeva.checkpoint.tensors import TensorSource
 
 
@@ -38,9 +50,13 @@ def peers(format_name: str, source: TensorSource, what: Contents) -> dict[str, C
         return dict.fromkeys(towers, "BAAI's remote code comes with its weights only, and is not run")
     if format_name == "hf-clip":
         return {tower: partial(_transformers, source, what, tower) for tower in towers}
-    if what.model.vision.ln_pre:
-        return {tower: partial(_open_clip, source, what, tower) for tower in towers}
-    found: dict[str, Callable[[], Peer] | str] = {"vision": partial(_timm, source, what)}
+    model_cfg = _open_clip_model_cfg(source) if format_name == "open_clip" else None
+    if what.model.vision.ln_pre or model_cfg is not None:
+        cfg = model_cfg or open_clip_config(what)["model_cfg"]
+        return {tower: partial(_open_clip, source, cfg, tower) for tower in towers}
+    config = beside(source.path, TIMM_CONFIG)
+    configured = config.parent if format_name == "timm" and config.is_file() else None
+    found: dict[str, Callable[[], Peer] | str] = {"vision": partial(_timm, source, what, configured)}
     if what.model.vision.norm == "rmsnorm":
         found["vision"] = "timm has no EVA tower with RMSNorm, and EVA-CLIP's repository is no package"
     if what.kind == "clip":
@@ -49,16 +65,21 @@ def peers(format_name: str, source: TensorSource, what: Contents) -> dict[str, C
     return found
 
 
-def _open_clip(source: TensorSource, what: Contents, tower: str) -> Peer:
-    """Its own towers, which are OpenAI's too."""
+def _open_clip(source: TensorSource, model_cfg: Mapping[str, Any], tower: str) -> Peer:
+    """Its own towers, which are OpenAI's too, or those that its configuration names."""
     import open_clip
 
-    custom = any(name.startswith("text.") for name in source.infos)
-    build = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
-    model = build(**open_clip_config(what)["model_cfg"])
-    # Tensors that hold no weight are of OpenAI's files: input_resolution, context_length, vocab_size.
+    cfg = dict(model_cfg)
+    custom = cfg.pop("custom_text", False) or any(name.startswith("text.") for name in source.infos)
+    model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**cfg)
+    # What is left out holds no weight: OpenAI's input_resolution, context_length and vocab_size.
     _load(model, _state(source, "", model.state_dict()))
     return Peer(_name("open_clip", "open_clip_torch"), model.encode_image if tower == "vision" else model.encode_text)
+
+
+def _open_clip_model_cfg(source: TensorSource) -> dict[str, Any] | None:
+    content = read_json(beside(source.path, OPEN_CLIP_CONFIG))
+    return None if content is None else content.get("model_cfg")
 
 
 def _open_clip_text(source: TensorSource, what: Contents) -> Peer:
@@ -71,13 +92,33 @@ def _open_clip_text(source: TensorSource, what: Contents) -> Peer:
     return Peer(_name("open_clip", "open_clip_torch"), _load(tower, _state(source, "text.")))
 
 
-def _timm(source: TensorSource, what: Contents) -> Peer:
-    """timm's Eva, through its own filter of EVA's and open_clip's names."""
-    from timm.models.eva import Eva, checkpoint_filter_fn
+def _timm(source: TensorSource, what: Contents, configured: Path | None) -> Peer:
+    """timm's Eva, through its own filter of EVA's and open_clip's names.
+
+    Args:
+        configured: a folder with timm's configuration of it.
+    """
+    import timm
+    from timm.models.eva import checkpoint_filter_fn
+
+    tower = _eva(what) if configured is None else timm.create_model(f"local-dir:{configured}", pretrained=False)
+    # The filter takes a tower with a mask token for one that is to be fine-tuned, and moves its norm behind a pooling.
+    state = {
+        name: tensor
+        for name, tensor in _state(source, "").items()
+        if name != "mask_token" and not name.startswith("lm_head.")
+    }
+    _load(tower, checkpoint_filter_fn(state, tower))
+    return Peer(_name("timm", "timm"), tower.forward_features if what.kind == "mim" else tower)
+
+
+def _eva(what: Contents) -> Any:
+    """timm's tower of these sizes and flags."""
+    from timm.models.eva import Eva
 
     vision = what.model.vision
     gated = vision.activation == "swiglu"
-    tower = Eva(
+    return Eva(
         img_size=vision.image_size,
         patch_size=vision.patch_size,
         embed_dim=vision.hidden_size,
@@ -95,17 +136,13 @@ def _timm(source: TensorSource, what: Contents) -> Peer:
         ref_feat_shape=vision.rope_pretrain_grid if vision.rope else None,
         use_post_norm=vision.norm_position == "post",
     )
-    # The filter takes a tower with a mask token for one that is to be fine-tuned, and moves its norm behind a pooling.
-    state = _state(source, "")
-    state = {name: tensor for name, tensor in state.items() if name != "mask_token" and not name.startswith("lm_head.")}
-    _load(tower, checkpoint_filter_fn(state, tower))
-    return Peer(_name("timm", "timm"), tower.forward_features if what.kind == "mim" else tower)
 
 
 def _transformers(source: TensorSource, what: Contents, tower: str) -> Peer:
     import transformers
 
-    model = transformers.CLIPModel(transformers.CLIPConfig(**hf_clip_config(what, source.infos)))
+    content = read_json(beside(source.path, CONFIG))
+    model = transformers.CLIPModel(transformers.CLIPConfig(**(content or hf_clip_config(what, source.infos))))
     _load(model, _state(source, "", model.state_dict()))
 
     def run(batch: Tensor) -> Tensor:
