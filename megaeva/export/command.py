@@ -9,7 +9,7 @@ from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.destination import refuse_existing
 from megaeva.checkpoint.convert.format import formats
 from megaeva.checkpoint.convert.resize import Method, resized
-from megaeva.checkpoint.convert.vocabulary import exported_text
+from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_notes
 from megaeva.config.schema import ModelSection
 from megaeva.errors import CheckpointError
 from megaeva.export.check import Side, compare
@@ -49,8 +49,8 @@ def run_convert(
             sizes = (image_size or vision.image_size, patch_size or vision.patch_size)
             weights, what = resized(weights, what, *sizes, resize)
             yield f"{source} ({source_format}) -> {destination} ({ONNX})"
-            yield from notes
             yield from write_onnx(weights, what, destination)
+            yield from (f"note: {note}" for note in [*notes, *vocabulary_notes(what)])
         finally:
             weights.close()
     else:

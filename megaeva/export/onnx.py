@@ -1,7 +1,7 @@
 """Each tower as an ONNX graph of standard operators, run once by onnxruntime before it gets its name.
 
 The towers' own operators are replaced by their plain-PyTorch references after tracing: training code knows nothing of
-it. A tower must fit into memory twice, in fp32: unlike a conversion this does not stream.
+it. Unlike a conversion this does not stream: of a tower in fp32, four copies are in memory at the worst moment.
 """
 
 import json
@@ -17,7 +17,7 @@ from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.destination import Destination
 from megaeva.checkpoint.convert.hf_config import write_tokenizer
 from megaeva.checkpoint.convert.sidecar import contents_info
-from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY, embedding_rows, exported_text, vocabulary_notes
+from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY, embedding_rows, exported_text
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
 from megaeva.errors import CheckpointError, UserError
 from megaeva.export.towers import build_text, build_vision
@@ -51,7 +51,7 @@ class Parity:
 
 
 def write_onnx(source: TensorSource, what: Contents, destination: Path) -> list[str]:
-    """Writes vision.onnx, of a clip text.onnx too, and what a caller must know beside them; returns the report's lines.
+    """Writes vision.onnx, of a clip text.onnx too, and beside them what a caller must know; a line for each tower.
 
     Inputs are image [batch, 3, H, W] fp32, normalised, and token [batch, L] int64, padded with 0; the outputs
     image_embedding and text_embedding [batch, E], not normalised, and of kind mim `tokens` [batch, 1 + N, D] after the
@@ -83,7 +83,7 @@ def write_onnx(source: TensorSource, what: Contents, destination: Path) -> list[
     except BaseException:
         target.remove()
         raise
-    return [*map(str, parities), *vocabulary_notes(what)]
+    return [str(parity) for parity in parities]
 
 
 def _require_packages() -> None:

@@ -83,8 +83,7 @@ def test_a_part_of_the_vocabulary_takes_the_whole_ones_ids(tmp_path: Path) -> No
     what = Contents("clip", cfg, clip_ids=ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "_write_vision", lambda *_: Parity("vision", 0.0, 1.0))
-        report = write_onnx(StateSource(state_of(model)), what, tmp_path / "out")
-    assert "59 of CLIP's 49,408 tokens" in report[-1]
+        write_onnx(StateSource(state_of(model)), what, tmp_path / "out")
     own = torch.tensor([[57, 3, 9, 58, 0, 0, 0, 0, 0, 0], [57, 50, 2, 7, 31, 58, 0, 0, 0, 0], [57, 58] + [0] * 8])
     _check(tmp_path / "out" / "text.onnx", torch.tensor(ids)[own], model.encode_text(own))
     assert (tmp_path / "out" / "vocab.json").is_file()
