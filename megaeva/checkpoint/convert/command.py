@@ -164,7 +164,7 @@ def open_in_ours(path: Path, model: ModelSection | str | None) -> tuple[TensorSo
                     f"{path} is a run, whose megaeva.json says which model it is; no other may be given; "
                     "leave the variant out."
                 )
-            contents = run_contents(opened.path)
+            contents = run_contents(opened.path, opened.infos)
             _check_shapes(source, contents)
             return source, contents, MEGAEVA, []
         form = identify.recognise(source)

@@ -135,8 +135,10 @@ def _rotary_rules(cfg: VisionSection, written: bool) -> list[Rule]:
     if not cfg.rope:
         return []
     modules = ["rope", *(f"blocks.{i}.attn.rope" for i in range(cfg.num_layers))]
+    # model.half() casts buffers and bare parameters, upstream's convert_weights_to_lp neither.
+    like = "vision.cls_token"
     return [
-        Rule((), (f"{module}.freqs_cos", f"{module}.freqs_sin"), _rotary(cfg, module), optional=True, written=written)
+        Rule((), (f"{module}.freqs_cos", f"{module}.freqs_sin"), _rotary(cfg, module), True, written, like)
         for module in modules
     ]
 

@@ -120,12 +120,11 @@ def _run(source: RunSource) -> Iterator[str]:
     if state:
         yield f"optimizer ({info.get('optimizer')}): {len(state)} tensors, {_sizes(state)}"
     yield "checksums: " + ("CRC-32 of every record; --verify reads them all" if has_checksums else "none")
-    if "kind" in info:
-        what = run_contents(source.path)
-        yield from _model(what, source.infos)
-        unexplained = [name for name in source.infos if name not in ours.shapes(what)]
-        if unexplained:
-            yield f"not explained: {', '.join(unexplained)}"
+    what = run_contents(source.path, source.infos)
+    yield from _model(what, source.infos)
+    unexplained = [name for name in source.infos if name not in ours.shapes(what)]
+    if unexplained:
+        yield f"not explained: {', '.join(unexplained)}"
 
 
 def _verified(source: TensorSource) -> Iterator[str]:

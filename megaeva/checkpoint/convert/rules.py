@@ -72,6 +72,7 @@ class Rule:
             raises a CheckpointError if they contradict the model.
         optional: an import goes on without `theirs`, and makes no `ours` then.
         written: an export holds `theirs`.
+        like: the tensor of ours whose dtype an export gives `theirs`, of a row without `ours`.
     """
 
     ours: tuple[str, ...]
@@ -79,6 +80,7 @@ class Rule:
     transform: Transform = SAME
     optional: bool = False
     written: bool = True
+    like: str | None = None
 
 
 def copies(pairs: Iterable[tuple[str, str]]) -> list[Rule]:
@@ -140,7 +142,7 @@ def _exported_infos(rules: Sequence[Rule], ours: Mapping[str, TensorInfo]) -> tu
             continue
         used.update(rule.ours)
         if rule.written:
-            outs = rule.transform.to_theirs(*(ours[name].meta() for name in rule.ours))
+            outs = _to_theirs(rule, ours, *(ours[name].meta() for name in rule.ours))
             made |= {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in zip(rule.theirs, outs, strict=True)}
     return made, faults + [f"{name}: the format has no place for it" for name in ours if name not in used]
 
@@ -231,8 +233,14 @@ def exported(rules: Sequence[Rule], source: TensorSource) -> Iterator[tuple[str,
     """Their tensors made from a source in our names, in the order and number of `plan_export`."""
     for rule in rules:
         if rule.written and all(name in source.infos for name in rule.ours):
-            outs = rule.transform.to_theirs(*(source.read(name) for name in rule.ours))
+            outs = _to_theirs(rule, source.infos, *(source.read(name) for name in rule.ours))
             yield from zip(rule.theirs, outs, strict=True)
+
+
+def _to_theirs(rule: Rule, infos: Mapping[str, TensorInfo], *ours: Tensor) -> Tensors:
+    made = rule.transform.to_theirs(*ours)
+    like = None if rule.like is None else infos.get(rule.like)
+    return made if like is None else tuple(tensor.to(like.dtype) for tensor in made)
 
 
 def convert_state(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,9 +20,17 @@ from megaeva.errors import CheckpointError
 _OPTIMIZER = "optimizer."
 
 
-def run_contents(checkpoint: Path) -> Contents:
-    """What a checkpoint holds. CheckpointError: its megaeva.json is missing or damaged."""
-    return info_contents(checkpoint, layout.read_info(checkpoint))
+def run_contents(checkpoint: Path, infos: Mapping[str, TensorInfo] | None = None) -> Contents:
+    """What a checkpoint holds. CheckpointError: its megaeva.json is missing or damaged.
+
+    Args:
+        infos: its tensors, which say how wide the teacher was where megaeva.json does not.
+    """
+    info = layout.read_info(checkpoint)
+    what = info_contents(checkpoint, info)
+    if info["format"] == layout.OLDEST_FORMAT and infos and "lm_head.bias" in infos:
+        what = replace(what, teacher_dim=infos["lm_head.bias"].shape[0])
+    return what
 
 
 class RunSource:

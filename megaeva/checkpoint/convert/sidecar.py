@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
 from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_notes
 from megaeva.config.schema import LogitScaleSection, ModelSection, TextSection, VisionSection
@@ -508,6 +509,9 @@ def info_contents(path: Path, info: Mapping[str, Any]) -> Contents:
         CheckpointError: a key is missing or has a value that no megaeva wrote.
     """
     top = Keys(path / "megaeva.json" if path.is_dir() else path, dict(info), "")
+    if info.get("format") == layout.OLDEST_FORMAT:  # says the task only
+        kind = "mim" if info.get("task") == "mim" else "clip"
+        return Contents(kind, validated(top.path, top.take("model")), source=path)
     kind = top.one_of("kind", {"clip": "clip", "vision": "vision", "mim": "mim"}, None)
     image = Keys(top.path, top.take("preprocess"), "preprocess")
     preprocess = Preprocess(

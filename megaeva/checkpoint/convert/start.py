@@ -13,7 +13,7 @@ from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import open_source
 from megaeva.checkpoint.convert.resize import PATCHES, POSITIONS
 from megaeva.checkpoint.convert.rules import Imported
-from megaeva.checkpoint.convert.sidecar import info_contents
+from megaeva.checkpoint.convert.run_folder import run_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
@@ -106,16 +106,10 @@ def open_weights(
 
 def _open_run(path: Path) -> Weights:
     checkpoint = layout.find_checkpoint(path)
-    info = layout.read_info(checkpoint)
-    if info["format"] == layout.OLDEST_FORMAT:  # does not say it
-        kind: Literal["mim", "clip"] = "mim" if info.get("task") == "mim" else "clip"
-        contents = Contents(kind, layout.read_model_section(checkpoint))
-    else:
-        contents = info_contents(checkpoint, info)
     reader = Reader(checkpoint)
     notes = () if reader.has_checksums else ("no checksums: it was written before there were any",)
     infos = {name: info for name, info in reader.infos.items() if not name.startswith(_OPTIMIZER)}
-    return Weights(reader, infos, contents, "megaeva", notes)
+    return Weights(reader, infos, run_contents(checkpoint, infos), "megaeva", notes)
 
 
 # -------------------------------------------------------------------------------------------------- what a file is of

@@ -19,11 +19,13 @@ from megaeva.checkpoint.convert import command
 from megaeva.checkpoint.convert.command import convert
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import formats
+from megaeva.checkpoint.convert.inspect import inspect
 from megaeva.checkpoint.convert.io import RunSink, open_source
 from megaeva.checkpoint.convert.ours import shapes
 from megaeva.checkpoint.convert.resize import resize_positions
 from megaeva.checkpoint.convert.rules import StateSource, exported, plan_export
 from megaeva.checkpoint.convert.run_folder import run_contents
+from megaeva.checkpoint.convert.start import open_weights
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
@@ -128,6 +130,22 @@ def test_a_file_of_upstream_into_another_format_and_the_report(tmp_path: Path) -
     assert first == f"{tmp_path}/EVA02.pt (eva) -> {tmp_path}/hf (hf-eva)"
     assert f"{len(loaded)} tensors, {report.num_parameters:,} parameters" in second
     assert any("config.json" in note for note in notes)
+
+
+@pytest.mark.parametrize(("name", "kind", "to"), [(EVA, "clip", "eva"), (EVA, "mim", "eva-mim")])
+def test_a_run_of_format_1_says_its_task_only(name: str, kind: str, to: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", what_of(name, kind))
+    info = json.loads((run / "megaeva.json").read_text())
+    old = {"format": 1, "task": "mim" if kind == "mim" else "contrastive", "model": info["model"], "step": 3}
+    (run / "megaeva.json").write_text(json.dumps(old))
+    convert(run, tmp_path / "there", to=to)
+    convert(tmp_path / "there", tmp_path / "back", to="megaeva")
+    assert same_bits(read(tmp_path / "back"), read(run))
+    lines = list(inspect(run, model=None, tensors=False, verify=False))
+    assert any(line.startswith("holds: " + ("a distilled" if kind == "mim" else "both towers")) for line in lines)
+    weights_of = open_weights(run)
+    assert weights_of.contents.kind == kind and weights_of.contents.teacher_dim == (12 if kind == "mim" else None)
+    weights_of.close()
 
 
 def test_a_published_variant_is_told_by_its_shapes_and_the_report_says_so(tmp_path: Path) -> None:

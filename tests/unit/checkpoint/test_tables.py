@@ -129,6 +129,23 @@ def test_a_clip_model_with_custom_text_is_read_too() -> None:
     assert_same_bits(convert_state(OPEN_CLIP.rules(what, custom.keys()), custom, shapes(what)), ours)
 
 
+@pytest.mark.parametrize("form", [NATIVE, MIM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotary_tables_of_narrow_files_keep_their_dtype(form: Format, dtype: torch.dtype) -> None:
+    """As upstream's model.half() casts them with everything else."""
+    what = _contents(form, tiny("EVA02-CLIP-B-16", rope_pretrain_grid=4))
+    _, theirs = _theirs(form, what)
+    assert any(name.endswith("rope.freqs_cos") for name in theirs)
+    theirs = {name: tensor.to(dtype) for name, tensor in theirs.items()}
+    back = convert_state(form.rules(what, theirs.keys()), theirs, shapes(what))
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in back.items()}
+    again = dict(exported(form.rules(what, None), StateSource(back)))
+    assert_same_bits(again, theirs)
+    assert {name: info.dtype for name, info in plan_export(form.rules(what, None), infos, "ours").items()} == {
+        name: tensor.dtype for name, tensor in again.items()
+    }
+
+
 # ------------------------------------------------------------------------------------------------------ EVA's layouts
 
 
