@@ -66,10 +66,13 @@ def _compared(other: Side, ours: Side, batches: dict[str, Tensor], results: dict
         for tower, build in peers(other.format_name, raw, what).items():
             if tower not in results:
                 continue
-            if isinstance(build, str):
-                yield f"{tower}: {other.path} is not checked, nothing installed runs {other.format_name} files: {build}"
+            try:
+                peer, reason = (None, build) if isinstance(build, str) else (build(), "")
+            except ModuleNotFoundError as error:
+                peer, reason = None, f"{error.name} is not installed"
+            if peer is None:
+                yield f"{tower}: {other.path} is not checked, nothing here runs {other.format_name} files: {reason}"
                 continue
-            peer = build()
             theirs, mine = peer.run(batches[tower]), results[tower]
             difference, largest = (theirs - mine).abs().max().item(), mine.abs().max().item()
             cosine = functional.cosine_similarity(theirs.double(), mine.double(), dim=-1).min().item()

@@ -71,7 +71,7 @@ def test_there_and_back_with_check(native: Path, tmp_path: Path) -> None:
     lines = lines_of(run("convert", tmp_path / "run", tmp_path / "tower", "--to", "timm", "--check"))
     assert lines[-1].startswith(f"vision: {tmp_path / 'tower'} in timm ")
     lines = lines_of(run("convert", tmp_path / "run", tmp_path / "hf", "--to", "hf-eva", "--check"))
-    assert lines[-1].startswith(f"text: {tmp_path / 'hf'} is not checked, nothing installed runs hf-eva files")
+    assert lines[-1].startswith(f"text: {tmp_path / 'hf'} is not checked, nothing here runs hf-eva files")
     lines = lines_of(run("convert", tmp_path / "run", tmp_path / "copy", "--to", "megaeva", "--check"))
     assert lines[-1].startswith("nothing to check")
 
@@ -88,6 +88,15 @@ def test_between_two_formats_both_are_checked(bare: Path, tmp_path: Path) -> Non
     lines = lines_of(run("convert", bare, tmp_path / "larger", "--to", "hf-clip", "--image-size", "60", "--check"))
     assert f"{bare} is not compared" in lines[-3]
     assert lines[-2].startswith(f"vision: {tmp_path / 'larger'} in transformers")
+
+
+def test_check_without_the_other_implementation(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    lines = lines_of(run("convert", native, tmp_path / "run", "--to", "megaeva", "--check"))
+    assert [line.rpartition("files: ")[2] for line in lines[-2:]] == [
+        "timm is not installed", "open_clip is not installed"
+    ]  # fmt: skip
 
 
 def test_check_sees_other_outputs(native: Path, tmp_path: Path) -> None:

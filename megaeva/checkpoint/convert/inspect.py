@@ -17,7 +17,13 @@ from megaeva.checkpoint.torch_dist import Reader
 from megaeva.config.schema import ModelSection, TextSection, VisionSection
 from megaeva.errors import CheckpointError
 
-_PARTS = {"vision": "vision tower", "text": "text tower", "scale": "logit scale", "lm_head": "lm_head"}
+_PARTS = {
+    "vision": "vision tower",
+    "text": "text tower",
+    "scale": "logit scale",
+    "mask_token": "mask token",
+    "lm_head": "lm_head",
+}
 
 
 def inspect(path: Path, *, model: ModelSection | str | None, tensors: bool, verify: bool) -> Iterator[str]:
@@ -77,7 +83,7 @@ def _beside(source: TensorSource, form: Format) -> str:
 def _model(what: Contents, infos: Mapping[str, TensorInfo]) -> Iterator[str]:
     """What the tensors are, in our terms."""
     held = {"clip": "both towers of a CLIP", "vision": "a vision tower", "mim": "a distilled vision tower without head"}
-    yield f"holds: {held[what.kind]}" + (f", of width {what.teacher_dim} teacher" if what.teacher_dim else "")
+    yield f"holds: {held[what.kind]}" + (f", for a teacher of width {what.teacher_dim}" if what.teacher_dim else "")
     for part, title in _PARTS.items():
         inside = {name: info for name, info in infos.items() if name.partition(".")[0] == part}
         if inside:
