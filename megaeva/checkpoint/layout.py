@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from pydantic import ValidationError
 
@@ -24,6 +26,7 @@ OLDEST_FORMAT = 1  # without checksums and without what says how weights are use
 INFO_NAME = "megaeva.json"
 FOLDER_NAME = "checkpoints"
 RECIPE_NAME = "config.yaml"
+CHECKSUM = "crc32"
 WRITING, REPLACED, REMOVING = ".writing_", ".replaced_", ".removing_"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -74,11 +77,22 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+def info_text(info: Mapping[str, Any]) -> str:
+    """megaeva.json of these keys and, under `CHECKSUM`, the CRC-32 of them that `read_info` expects."""
+    return json.dumps({**info, CHECKSUM: _checksum(info)}, indent=1)
+
+
+def _checksum(info: Mapping[str, Any]) -> str:
+    """Of keys and values, however they are spaced."""
+    content = json.dumps({key: value for key, value in info.items() if key != CHECKSUM})
+    return f"{crc32(content.encode()):08x}"
+
+
 def read_info(checkpoint: Path) -> dict[str, Any]:
     """megaeva.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, or written by a newer megaeva.
+        CheckpointError: it is missing, damaged, edited, or written by a newer megaeva.
     """
     path = checkpoint / INFO_NAME
     try:
@@ -93,6 +107,12 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {written}, this megaeva reads formats {OLDEST_FORMAT} to {FORMAT}; "
             f"use the megaeva that wrote it ({info.get('versions', {}).get('megaeva', 'unknown')})."
+        )
+    expected, found = info.get(CHECKSUM), _checksum(info)
+    if expected is not None and expected != found:
+        raise CheckpointError(
+            f"{path}: the CRC-32 of its values is {found}, expected {expected}; it must be as it was saved; "
+            f"the checkpoint is damaged or was edited, use another one of the run."
         )
     return info
 

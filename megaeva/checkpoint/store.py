@@ -1,6 +1,5 @@
 """Checkpoints of a run: saved whole or not at all, continued bit for bit, readable on another topology."""
 
-import json
 import os
 import platform
 import shutil
@@ -183,7 +182,7 @@ class CheckpointStore:
             "extra": extra,
             "config": config.model_dump(mode="json"),
         }
-        return Save(step, folder, pieces, json.dumps(info, indent=1), sum(size for _, size, _ in gathered))
+        return Save(step, folder, pieces, layout.info_text(info), sum(size for _, size, _ in gathered))
 
     @staticmethod
     def write(save: Save, pieces: Iterable[Piece]) -> FileIndex:
@@ -367,6 +366,11 @@ def _check_resumable(path: Path, info: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path} was converted from other weights and has no optimizer state; --resume needs a checkpoint that a "
             f"run saved; {advice}"
+        )
+    if layout.CHECKSUM not in info:
+        raise CheckpointError(
+            f"{path / layout.INFO_NAME} has no {layout.CHECKSUM!r}: it was edited, or saved before it had one; step, "
+            f"position in the data and optimizer steps must be as they were saved; {advice}"
         )
 
 

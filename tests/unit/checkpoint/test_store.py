@@ -235,6 +235,29 @@ def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None
         run.load(path)
 
 
+def test_an_edited_megaeva_json_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    """Step, position in the data and Adam's t have no other copy that would show a change."""
+    run = Run(runtime, tmp_path)
+    path = run.save(1) / layout.INFO_NAME
+    text = path.read_text()
+    info = json.loads(text)
+    path.write_text(json.dumps(info))  # the same values
+    assert run.load(path.parent).step == 1
+    for place, (before, after) in {
+        "a flipped bit of Adam's t": ('"optimizer_steps": 0', '"optimizer_steps": 1'),
+        "a position": ('"at": 1', '"at": 3'),
+        "a key": ('"samples"', '"sampler"'),
+    }.items():
+        assert before in text, place
+        path.write_text(text.replace(before, after))
+        with pytest.raises(CheckpointError, match=r"megaeva\.json: the CRC-32 of its values is .*, expected"):
+            run.load(path.parent)
+    del info[layout.CHECKSUM]
+    path.write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=r"megaeva\.json has no 'crc32'.*init\.clip"):
+        run.load(path.parent)
+
+
 def test_metadata_runs_no_code(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     path = run.save(1)
@@ -307,7 +330,7 @@ def test_a_converted_folder_has_nothing_to_resume(runtime: Runtime, tmp_path: Pa
     path = run.save(0)
     info = json.loads((path / layout.INFO_NAME).read_text())
     del info["optimizer"], info["optimizer_steps"]
-    (path / layout.INFO_NAME).write_text(json.dumps(info))
+    (path / layout.INFO_NAME).write_text(layout.info_text(info))
     with pytest.raises(CheckpointError, match=r"was converted .* no optimizer state.*init\.clip"):
         run.load(path)
 
@@ -319,7 +342,7 @@ def test_a_checkpoint_before_checksums_gives_weights_only(runtime: Runtime, tmp_
     run = Run(runtime, tmp_path)
     path = run.save(1)
     info = json.loads((path / layout.INFO_NAME).read_text()) | {"format": 1}
-    for key in ("kind", "preprocess", "clip_ids", "teacher_dim", "config"):
+    for key in ("kind", "preprocess", "clip_ids", "teacher_dim", "config", layout.CHECKSUM):
         del info[key]
     tensors = {f"vision.{name}": tensor.detach() for name, tensor in run.towers[0].module.named_parameters()}
     for file in path.iterdir():
