@@ -510,8 +510,8 @@ def info_contents(path: Path, info: Mapping[str, Any]) -> Contents:
     """
     top = Keys(path / "megaeva.json" if path.is_dir() else path, dict(info), "")
     if info.get("format") == layout.OLDEST_FORMAT:  # says the task only
-        kind = "mim" if info.get("task") == "mim" else "clip"
-        return Contents(kind, validated(top.path, top.take("model")), source=path)
+        model = validated(top.path, top.take("model"))
+        return Contents("mim" if info.get("task") == "mim" else "clip", model, source=path)
     kind = top.one_of("kind", {"clip": "clip", "vision": "vision", "mim": "mim"}, None)
     image = Keys(top.path, top.take("preprocess"), "preprocess")
     preprocess = Preprocess(
