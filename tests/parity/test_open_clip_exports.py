@@ -73,7 +73,7 @@ def test_open_clip_with_a_timm_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert OPEN_CLIP.read_config(folder) == what
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", ["EVA02-CLIP-B-16", "ViT-B-32-quickgelu"])
 def test_full_size_in_open_clip(variant: str, tmp_path: Path) -> None:
     what = Contents("clip", ModelSection.model_validate(VARIANTS[variant]))
@@ -159,7 +159,7 @@ def test_a_reader_of_openai_s_files_takes_ours(tmp_path: Path) -> None:
     assert source.read("input_resolution").item() == 16 and source.read("vocab_size").item() == 60
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_openai_b_32_at_full_size(tmp_path: Path) -> None:
     """fp16 as released: the same bits back, and through a reader of OpenAI's files our outputs."""
     what = Contents("clip", ModelSection.model_validate(VARIANTS["ViT-B-32-quickgelu"]))
