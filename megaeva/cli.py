@@ -464,7 +464,7 @@ def bench_convert(
 ) -> None:
     """Convert random weights from EVA's file to a run's folder and on to Hugging Face, beside the disk's plain copy.
 
-    Needs four times the weights' bytes on the disk: 40 GB as it stands.
+    Needs three times the weights' bytes on the disk: 30 GB as it stands.
     """
     from megaeva.bench.command import run_convert
 

@@ -1,7 +1,8 @@
 """How fast weights go from EVA's file into a run's folder and from there to Hugging Face, beside the disk's plain copy.
 
 Each conversion is a process of its own, whose peak memory is read when it ends. In every round it and `cp` take turns
-on the same source, which has been read just before; both end when the disk has everything.
+on the same source, which has been read just before, and in the same state of memory and disk; both end when the disk
+has everything.
 """
 
 import json
@@ -80,13 +81,13 @@ class ConvertTimes:
 
 
 def benchmark_convert(model: ModelSection, *, num_rounds: int, folder: Path) -> Iterator[ConvertTimes]:
-    """Measures in a new folder inside `folder`, which needs four times the weights' bytes.
+    """Measures in a new folder inside `folder`, which needs three times the weights' bytes.
 
     Raises:
         UserError: the disk has not that much.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 4 * 2 * sum(map(math.prod, shapes(Contents("clip", model)).values()))
+    needed = 3 * 2 * sum(map(math.prod, shapes(Contents("clip", model)).values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -160,27 +161,34 @@ def _measure(name: str, source: Path, target: Path, to: str, num_rounds: int, nu
     processes_ms: list[float] = []
     peaks: list[int] = []
 
+    copied = source.with_name("copy")
+
+    # Both begin with neither's output on the disk or in memory: a guest's pages that the host has to find first cost
+    # several times as much to write to as those that a file left behind.
     def convert() -> None:
+        _remove(copied)
         _remove(target)
         _settle(source)
         start = time.perf_counter()
         command = [sys.executable, "-c", _CHILD, str(source), str(target), to]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"the conversion {name} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
         processes_ms.append(1e3 * (time.perf_counter() - start))
         seconds, peak = json.loads(done.stdout)
         ours_ms.append(1e3 * seconds)
         peaks.append(peak)
 
     def copy() -> None:
-        copied = source.with_name("copy")
+        _remove(copied)
+        _remove(target)
         _settle(source)
         start = time.perf_counter()
         subprocess.run(["cp", "-r", str(source), str(copied)], check=True)
         _sync(copied)
         copies_ms.append(1e3 * (time.perf_counter() - start))
-        _remove(copied)
 
-    for number in range(num_rounds):
+    for number in reversed(range(num_rounds)):  # the last round ends with a conversion
         for side in (convert, copy) if number % 2 else (copy, convert):
             side()
     times = Comparison(tuple(ours_ms), tuple(copies_ms))
