@@ -3,7 +3,8 @@
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -147,8 +148,7 @@ class CheckpointStore:
         clip_ids = None
         try:
             if _is_main():
-                subset = config.data.tokenizer_subset
-                clip_ids = None if subset is None else tuple(read_subset(Path(subset)))
+                clip_ids = _clip_ids(config)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clean(self.folder)
                 folder.mkdir()
@@ -274,17 +274,30 @@ class CheckpointStore:
             CheckpointError: on every rank: another task or model (before any tensor is read), or a damaged checkpoint.
         """
         with together("opening a checkpoint"):
-            info = layout.read_info(path)
+            with self._another_instead(path):
+                info = layout.read_info(path)
             _check_resumable(path, info)
-            _check_same_run(path, info, config)
-            reader = Reader(path)
+            _check_same_run(path, info, config, _clip_ids(config))
+            with self._another_instead(path):
+                reader = Reader(path)
             pieces = _pieces(towers, optimizer)
             _check_pieces(reader, pieces)
-        with together("reading a checkpoint"):
+        with together("reading a checkpoint"), self._another_instead(path):
             reader.read_pieces(pieces)
         reader.close()
         optimizer.set_num_steps(info["optimizer_steps"])
         return LoadedState(info["step"], info["loader"], info["extra"])
+
+    @contextmanager
+    def _another_instead(self, path: Path) -> Iterator[None]:
+        """Where a damaged checkpoint is found: says how to continue from the one before."""
+        try:
+            yield
+        except CheckpointError as error:
+            older = [p for p in layout.complete_checkpoints(self.folder) if p.name < path.name]
+            then = f"and it continues from {older[-1].name}" if older else "and start again, there is no earlier one"
+            advice = f"--resume takes the newest checkpoint: delete {path} {then}"
+            raise CheckpointError(f"{str(error).rstrip('.')}; {advice}.") from error
 
     def _drop_old(self) -> None:
         for path in layout.complete_checkpoints(self.folder)[: -self.keep]:
@@ -374,9 +387,18 @@ def _check_resumable(path: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _check_same_run(path: Path, info: dict[str, Any], config: Config) -> None:
+def _clip_ids(config: Config) -> tuple[int, ...] | None:
+    """The part of CLIP's vocabulary that a run uses; None is all of it."""
+    subset = config.data.tokenizer_subset
+    return None if subset is None else tuple(read_subset(Path(subset)))
+
+
+def _check_same_run(path: Path, info: dict[str, Any], config: Config, clip_ids: tuple[int, ...] | None) -> None:
     different = [] if info["task"] == config.task else [f"task: checkpoint {info['task']!r}, recipe {config.task!r}"]
     different += layout.differing_keys(info["model"], config.model.model_dump(mode="json"), "model")
+    if config.task == "contrastive" and info["clip_ids"] != (None if clip_ids is None else list(clip_ids)):
+        # As many rows, but of other words.
+        different.append(f"data.tokenizer_subset: {config.data.tokenizer_subset} is not the saved run's vocabulary")
     batch = config.train.global_batch_size
     if info["samples"] != info["step"] * batch:
         # Steps are the run's clock: with another batch they would mean other samples and another learning rate.

@@ -417,14 +417,17 @@ def _read_index(folder: Path) -> tuple[dict[str, list[Record]], bool]:
 
 class _Checksums(NamedTuple):
     metadata: int
-    files: dict[str, dict[str, str]]
+    files: dict[str, dict[int, int]]  # file: {position: CRC-32}
 
 
 def _read_checksums(path: Path) -> _Checksums | None:
     """None where there are none: a folder of another program, or of a megaeva before them."""
     try:
         written = json.loads(path.read_bytes())
-        files = {name: dict(places) for name, places in written["files"].items()}
+        files = {
+            name: {int(position): int(checksum, 16) for position, checksum in places.items()}
+            for name, places in written["files"].items()
+        }
         return _Checksums(int(written[_METADATA], 16), files)
     except FileNotFoundError:
         return None
@@ -460,10 +463,9 @@ def _record(
         raise ValueError(f"tensor {key} has a negative size or place")
     checksum = None
     if checksums is not None:
-        written = checksums.files.get(file, {}).get(str(place.offset))
-        if written is None:
+        checksum = checksums.files.get(file, {}).get(place.offset)
+        if checksum is None:
             raise ValueError(f"{CHECKSUMS_NAME} has none for {file} at byte {place.offset}, tensor {key}")
-        checksum = int(written, 16)
     size, sizes = tuple(entry.size), tuple(chunk.sizes)
     return Record(key, size, dtype, offset, sizes, file, place.offset, place.length, checksum)
 

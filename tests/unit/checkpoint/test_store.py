@@ -235,6 +235,37 @@ def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None
         run.load(path)
 
 
+def test_what_to_do_about_a_damaged_checkpoint(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path = run.save(7)
+    flip(next(path.glob("*.distcp")), 70)
+    with pytest.raises(CheckpointError, match=rf"; --resume .*: delete {path} and start again, there is no earlier"):
+        run.load(path)
+    path = run.save(12)
+    (path / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"; --resume .*: delete {path} and it continues from step_00000007\.$"):
+        run.load(path)
+    (path / layout.INFO_NAME).write_text("[]")
+    with pytest.raises(CheckpointError, match=rf"; --resume .*: delete {path} and it continues from step_00000007\.$"):
+        run.load(path)
+
+
+def test_another_vocabulary_of_as_many_words_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for file, word in zip(files, (600, 601, 600)):
+        file.write_text(json.dumps({"clip_ids": [*range(512), word, 49406, 49407]}))
+    run = Run(runtime, tmp_path)
+
+    def with_vocabulary(file: Path) -> Config:
+        return run.cfg.model_copy(update={"data": run.cfg.data.model_copy(update={"tokenizer_subset": str(file)})})
+
+    run.cfg = with_vocabulary(files[0])
+    path = run.save(1)
+    assert run.load(path, with_vocabulary(files[2])).step == 1, "the words count, not the file's name"
+    with pytest.raises(CheckpointError, match=r"b\.json is not the saved run's vocabulary"):
+        run.load(path, with_vocabulary(files[1]))
+
+
 def test_an_edited_megaeva_json_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     """Step, position in the data and Adam's t have no other copy that would show a change."""
     run = Run(runtime, tmp_path)

@@ -172,6 +172,12 @@ def replace_metadata(folder: Path, value: Any) -> None:
     (folder / "checksums.json").write_text(json.dumps(checksums))
 
 
+def spoil_checksum(path: Path) -> None:
+    content = json.loads(path.read_text())
+    next(iter(content["files"].values()))["0"] = "6e0b`957"
+    path.write_text(json.dumps(content))
+
+
 def edit_metadata(change: Callable[[Any], None]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         metadata = pickle.loads((folder / ".metadata").read_bytes())
@@ -200,6 +206,7 @@ def place(metadata: Any, **changes: Any) -> None:
         (lambda f: replace_metadata(f, [1]), r"holds a list where a Metadata belongs"),
         (lambda f: (f / "checksums.json").unlink(), r"checksums.json is missing"),
         (lambda f: (f / "checksums.json").write_text("[]"), r"checksums.json cannot be used"),
+        (lambda f: spoil_checksum(f / "checksums.json"), r"checksums.json cannot be used .*base 16"),
         (edit_metadata(lambda m: m.state_dict_metadata["cube"].chunks.pop()), r"tensor cube has 30 of its 60 elements"),
         (edit_metadata(lambda m: m.state_dict_metadata["cube"].chunks.clear()), r"tensor cube has no part"),
         (edit_metadata(first_box_twice), r"tensor half holds the box \[6, 3\] at \[0, 0\] twice"),
