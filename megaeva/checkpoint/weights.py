@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.resize import PATCHES, POSITIONS, Method, Resized
 from megaeva.checkpoint.convert.start import Weights, open_weights
 from megaeva.checkpoint.pieces import Piece, module_pieces
 from megaeva.checkpoint.tensors import TensorSource
 from megaeva.checkpoint.torch_dist import Reader
 from megaeva.errors import CheckpointError
-from megaeva.parallel.collectives import gather_objects, together
+from megaeva.parallel.collectives import broadcast_object, gather_objects, together
 from megaeva.parallel.grid import Grid
 
 
@@ -56,6 +57,20 @@ class LoadReport:
         return asdict(self) | {"path": str(self.path)}
 
 
+def agreed_path(path: str | Path) -> Path:
+    """What all ranks open: a file as it is, of a run the checkpoint that is its newest on rank 0. All ranks call it.
+
+    A run that trains meanwhile may finish a checkpoint, or delete one, between two ranks' looks.
+
+    Raises:
+        CheckpointError: on every rank: the run has none.
+    """
+    path = Path(path)
+    with together("looking for weights"):
+        found = layout.find_checkpoint(path) if layout.is_run(path) else path
+    return broadcast_object(found)
+
+
 def load_weights(
     weights: Weights | str | Path,
     modules: Mapping[str, tuple[nn.Module, Grid]],
@@ -84,8 +99,9 @@ def load_weights(
             module lacks, or one of another shape, not covered by `skip`; all are listed, and nothing has been read.
     """
     if not isinstance(weights, Weights):
+        path = agreed_path(weights)
         with together("opening weights"):
-            opened = open_weights(weights)
+            opened = open_weights(path)
         try:
             return load_weights(opened, modules, skip=skip, resize=resize)
         finally:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megaeva.checkpoint.convert.start import Part, Weights, for_tower, open_weights
+from megaeva.checkpoint.weights import agreed_path
 from megaeva.config.schema import Config
 from megaeva.config.validate import CLIP_VOCAB_SIZE
 from megaeva.data.tokenizer import read_subset
@@ -19,10 +20,11 @@ def opened_start(path: str, cfg: Config, parts: Sequence[Part]) -> Iterator[Weig
     Raises:
         CheckpointError: on every rank: they cannot be read, have no such tower, or one of another kind.
     """
+    newest = agreed_path(path)
     with together("opening weights"):
         subset = cfg.data.tokenizer_subset if "text" in parts else None
         clip_ids = None if subset is None else tuple(read_subset(Path(subset)))
-        weights = open_weights(path, model=cfg.model, parts=parts, clip_ids=clip_ids)
+        weights = open_weights(newest, model=cfg.model, parts=parts, clip_ids=clip_ids)
         for part in parts:
             weights = for_tower(weights, cfg.model, part)
         if "text" in parts:
@@ -39,8 +41,9 @@ def opened_teacher(path: str) -> Weights:
     Raises:
         CheckpointError: on every rank: they cannot be read, or have no head.
     """
+    newest = agreed_path(path)
     with together("opening the teacher"):
-        weights = open_weights(path)
+        weights = open_weights(newest)
         if weights.contents.kind == "mim":
             raise CheckpointError(
                 f"teacher.checkpoint={path} ({weights.form}) is a tower out of distillation, without projection head; "
