@@ -224,5 +224,5 @@ def test_what_openai_s_code_would_misread(tmp_path: Path) -> None:
         model = what.model.model_copy(update=change)
         assert message in str(OPENAI.refusal(Contents("clip", model)))
     theirs = torch.load(export(OPENAI, what, state, tmp_path / "model.pt"))
-    with pytest.raises(CheckpointError, match=r"context_length of this file is 77; .* has 10"):
+    with pytest.raises(CheckpointError, match=r"context_length is 77; .* has 10"):
         returned(OPENAI, what, theirs | {"context_length": torch.tensor(77)}, state)

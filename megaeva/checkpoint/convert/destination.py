@@ -31,6 +31,11 @@ class Destination:
         self.final = final
         refuse_existing(final)
         self._made = [parent for parent in final.parents if not parent.exists()]
+        there = next(parent for parent in final.absolute().parents if parent.exists())
+        if not there.is_dir():
+            raise CheckpointError(
+                f"{final} cannot be made: {there} is a file; it must be a folder; name another destination."
+            )
         final.parent.mkdir(parents=True, exist_ok=True)
         self.folder = final.with_name(WRITING + final.name)
         self._lock = self._lock_folder()

@@ -152,7 +152,7 @@ def _rotary(cfg: VisionSection, module: str) -> Transform:
             near = max(1e-5, torch.finfo(table.dtype).eps)
             if table.shape != right.shape or not torch.allclose(table.float(), right, rtol=0, atol=near):
                 raise CheckpointError(
-                    f"{module}.freqs_cos and freqs_sin of this file {list(table.shape)} are not the rotary angles of "
+                    f"{module}.freqs_cos and freqs_sin {list(table.shape)} are not the rotary angles of "
                     f"heads {head_width} wide, rescaled onto a grid of {pretrain_grid} x {pretrain_grid}; the model it "
                     "is taken for has those; name the file's own variant or configuration."
                 )

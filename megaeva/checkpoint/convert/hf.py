@@ -45,7 +45,7 @@ from megaeva.errors import CheckpointError
 def _must_be_zero(bias: Tensor) -> Tensors:
     if bias.count_nonzero():
         raise CheckpointError(
-            "a k_proj.bias of this file is not zero; this variant has no key bias; "
+            "a k_proj.bias is not zero; this variant has no key bias; "
             "leave --variant out, so that config.json decides, or name the file's own."
         )
     return ()

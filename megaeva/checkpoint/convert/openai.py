@@ -30,7 +30,7 @@ def _number(name: str, value: int) -> Rule:
     def to_ours(theirs: Tensor) -> Tensors:
         if theirs.item() != value:
             raise CheckpointError(
-                f"{name} of this file is {theirs.item()}; the model it is taken for has {value}; "
+                f"{name} is {theirs.item()}; the model it is taken for has {value}; "
                 "name the file's own variant with --variant."
             )
         return ()

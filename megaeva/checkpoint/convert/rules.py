@@ -164,6 +164,12 @@ def differences(
         for name, info in expected.items()
         if name in theirs and theirs[name].shape != info.shape
     ]
+    weights = {name for rule in rules if rule.ours for name in rule.theirs}
+    faults += [
+        f"{name}: is {info.dtype}, must be of floating point"
+        for name, info in theirs.items()
+        if name in weights and not info.dtype.is_floating_point
+    ]
     explained = expected.keys() | optional
     return faults + [
         f"{name}: {list(info.shape)} is not explained" for name, info in theirs.items() if name not in explained
@@ -208,7 +214,7 @@ class Imported:
         """Plans the import and checks the tensors that hold no weight.
 
         Raises:
-            CheckpointError: as `plan_import`, or a table that contradicts the model.
+            CheckpointError: as `plan_import`, or a tensor without weight contradicts the model.
         """
         self.path = source.path
         self.infos: Mapping[str, TensorInfo] = plan_import(rules, source.infos, shapes, source.path)
@@ -216,7 +222,11 @@ class Imported:
         self._rules = {name: rule for rule in rules for name in rule.ours}
         for rule in rules:
             if not rule.ours and all(name in source.infos for name in rule.theirs) and rule.transform is not DROPPED:
-                rule.transform.to_ours(*(source.read(name) for name in rule.theirs))
+                held = [source.read(name) for name in rule.theirs]
+                try:
+                    rule.transform.to_ours(*held)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{source.path}: {error}") from None
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""

@@ -474,7 +474,8 @@ def read_timm_config(path: Path) -> Contents | None:
         "rope_pretrain_grid": arguments.size("ref_feat_shape", tower.rope_pretrain_grid),
         "head_bias": True,
     }
-    arguments.end({"qkv_fused": not inner, "global_pool": "token"})
+    # timm's own save_for_hf repeats the classes, of which shapes decide.
+    arguments.end({"qkv_fused": not inner, "global_pool": "token", "in_chans": 3}, ignored=("num_classes",))
     pretrained = Keys(file, top.take("pretrained_cfg", {}), "pretrained_cfg")
     embed_dim = top.size("num_classes", pretrained.take("num_classes"))
     preprocess = Preprocess(

@@ -6,6 +6,7 @@ What a pickle may name is listed here: records and constants. Everything else en
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -40,6 +41,9 @@ _IGNORED = frozenset(
     | {("torch", str(dtype).removeprefix("torch.")) for dtype in _STORAGES.values()}
 )  # fmt: skip
 """Found beside weights (arguments, epochs, measured values): kept as a record of nothing, never called."""
+
+
+_STORAGE = re.compile(r"torch\.\w+Storage")
 
 
 class _Record:
@@ -164,6 +168,13 @@ def _unpickle(file: Path, data: bytes) -> Any:
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except _NotAllowed as error:
+        if str(error).startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")) or _STORAGE.fullmatch(
+            str(error)
+        ):
+            raise CheckpointError(
+                f"{file} holds a tensor that is sparse, quantized, or of an unusual dtype ({error}); weights must be "
+                f"dense and one of {', '.join(sorted(map(str, _STORAGES.values())))}; cast it before converting."
+            ) from error
         raise CheckpointError(
             f"{file}: its pickle names {error}, which weights do not need; it must hold tensors by name and plain "
             "values; nothing of it was run. If you trust the file, write its state dict alone (this runs its code):\n"
@@ -186,6 +197,11 @@ def _state_dict(file: Path, found: Any) -> dict[str, _Strided]:
     others = {str(name): type(value) for name, value in entries if not isinstance(value, _Strided)}
     if not isinstance(found, dict) or others:
         listed = ", ".join(f"{name} ({kind.__name__.strip('_')})" for name, kind in list(others.items())[:8])
+        if isinstance(found, _Strided):
+            raise CheckpointError(
+                f"{file} holds one tensor without a name; it must hold a state dict, tensors by name; "
+                "give the file of weights."
+            )
         raise CheckpointError(
             f"{file}: {place} holds {listed or f'a {type(found).__name__}'} that is no tensor"
             + (f", and {len(others) - 8} more" if len(others) > 8 else "")

@@ -202,6 +202,30 @@ def test_a_source_that_is_not_there_and_a_destination_that_is(tmp_path: Path) ->
     assert "a.pt exists; a conversion replaces nothing" in text
 
 
+def test_a_destination_below_a_file(tmp_path: Path) -> None:
+    write_eva(tmp_path / "a.pt", what_of(EVA))
+    model = what_of(EVA).model
+    text = refusal(tmp_path, lambda: convert(tmp_path / "a.pt", tmp_path / "a.pt" / "b", to="megaeva", model=model))
+    assert f"{tmp_path}/a.pt/b cannot be made: {tmp_path}/a.pt is a file; it must be a folder" in text
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    what = what_of(EVA)
+    theirs = write_eva(tmp_path / "a.pt", what)
+    torch.save(theirs | {"visual.head.bias": torch.zeros(20, dtype=torch.int64)}, tmp_path / "a.pt")
+    text = refusal(tmp_path, lambda: convert(tmp_path / "a.pt", tmp_path / "b", to="eva", model=what.model))
+    assert "visual.head.bias: is torch.int64, must be of floating point" in text
+
+
+def test_rotary_tables_of_another_model(tmp_path: Path) -> None:
+    what = what_of(EVA)
+    theirs = write_eva(tmp_path / "a.pt", what)
+    name = "visual.rope.freqs_cos"
+    torch.save(theirs | {name: torch.zeros_like(theirs[name])}, tmp_path / "a.pt")
+    text = refusal(tmp_path, lambda: convert(tmp_path / "a.pt", tmp_path / "b", to="eva", model=what.model))
+    assert text.startswith(f"{tmp_path}/a.pt: rope.freqs_cos and freqs_sin [")
+
+
 def test_names_of_no_format(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "a.safetensors")
     text = refusal(tmp_path, lambda: convert(tmp_path / "a.safetensors", tmp_path / "b", to="eva"))

@@ -232,6 +232,11 @@ def test_safetensors_sink_is_read_by_the_library(shard_bytes: int, tmp_path: Pat
         loaded |= load_file(file)
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":  # every tensor is aligned to its element
+                assert (8 + length + entry["data_offsets"][0]) % state[name].element_size() == 0
     assert same_bits({name: loaded[name] for name in state}, state)
     if len(files) > 1:
         index = json.loads((folder / "weights.safetensors.index.json").read_text())
@@ -292,6 +297,7 @@ def test_the_rest_of_a_killed_conversion_is_replaced_and_a_running_one_is_not(tm
     hidden = tmp_path / ".writing_a.pt"
     hidden.mkdir()
     (hidden / "a.pt").write_bytes(b"half")
+    (hidden / "old_config.json").touch()
     (path, make), _ = _sinks(tmp_path, None)
     sink = make()
     with pytest.raises(CheckpointError, match=r"a.pt is being written by another conversion"):
@@ -406,6 +412,10 @@ def test_old_files_of_torch_save_come_with_the_command_that_rewrites_them(tmp_pa
         ({"w": torch.ones(2), "step": 3, "name": "x"}, "its top holds step (int), name (str) that is no tensor"),
         ({"model": {"w": torch.ones(2), "step": 3}}, "`model` holds step (int) that is no tensor"),
         ([torch.ones(2)], "its top holds a list that is no tensor"),
+        (torch.ones(2), "holds one tensor without a name; it must hold a state dict"),
+        ({"w": torch.ones(2).to(torch.float8_e4m3fn)}, "a tensor that is sparse, quantized, or of an unusual dtype"),
+        ({"w": torch.ones(2).to_sparse()}, "a tensor that is sparse, quantized, or of an unusual dtype"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "or of an unusual dtype (torch.ComplexFloatStorage)"),
         ({}, "holds no tensor"),
     ],
 )
@@ -429,6 +439,18 @@ def test_a_packed_zip_and_other_files(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_text("<html>not found</html>")
     assert "is no file of weights" in refusal(tmp_path / "c.pt")
     assert "does not exist" in refusal(tmp_path / "nowhere")
+
+
+def test_a_tensor_that_reaches_beyond_its_storage(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(4), "x": torch.ones(300)}, tmp_path / "a.pt")
+    shape_of_w = b"K\x04\x85"
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive, zipfile.ZipFile(tmp_path / "b.pt", "w") as other:
+        pickled = archive.read("a/data.pkl")
+        assert pickled.count(shape_of_w) == 1
+        for info in archive.infolist():
+            crafted = pickled.replace(shape_of_w, b"K\xc8\x85")
+            other.writestr(info.filename, crafted if info.filename == "a/data.pkl" else archive.read(info))
+    assert "w [200] is not where the pickle says (data/0 of the zip, 16 bytes)" in refusal(tmp_path / "b.pt")
 
 
 def test_damaged_pickles_never_end_in_a_traceback(tmp_path: Path) -> None:

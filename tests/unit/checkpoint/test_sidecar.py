@@ -126,6 +126,18 @@ def test_timm_config_comes_back(variant: str, size: str, tmp_path: Path) -> None
     assert sidecar.read_timm_config(tmp_path) == what
 
 
+def test_the_config_that_timm_saves(tmp_path: Path) -> None:
+    """It repeats classes and channels among the arguments."""
+    import timm
+
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4, "ref_feat_shape": 4}
+    tower = timm.create_model("eva02_base_patch16_clip_224", num_classes=40, **arguments)
+    timm.models.save_for_hf(tower, tmp_path, model_args=arguments)
+    what = sidecar.read_timm_config(tmp_path)
+    assert what is not None and what.model.embed_dim == 40 and what.model.vision.hidden_size == 96
+    assert (what.model.vision.image_size, what.model.vision.rope_pretrain_grid) == (32, 4)
+
+
 def test_a_ratio_gives_the_hidden_size_back() -> None:
     """Both peers compute int(width * ratio), which loses one where the product comes out a hair below."""
     sizes = [(width, hidden) for width in range(16, 160) for hidden in range(width, 6 * width, 7)]
