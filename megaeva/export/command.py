@@ -38,7 +38,6 @@ def run_convert(
 
     Raises:
         UserError: the source, the destination or the pair of them; says which, what must be and what to do.
-        OSError: the disk, under `to` onnx.
     """
     _require_known(to)
     if to == ONNX:
@@ -49,7 +48,13 @@ def run_convert(
             sizes = (image_size or vision.image_size, patch_size or vision.patch_size)
             weights, what = resized(weights, what, *sizes, resize)
             yield f"{source} ({source_format}) -> {destination} ({ONNX})"
-            yield from write_onnx(weights, what, destination)
+            try:
+                yield from write_onnx(weights, what, destination)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{destination} cannot be written ({error.strerror or error}); its disk must take the graphs and "
+                    "their weights; free space or name a destination elsewhere; nothing was left behind."
+                ) from error
             yield from (f"note: {note}" for note in [*notes, *vocabulary_notes(what)])
         finally:
             weights.close()

@@ -1,5 +1,6 @@
 """`megaeva convert` and `megaeva inspect` as a user meets them: what is printed, exit codes, no traceback."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_onnx_is_resized_and_named_like_a_format(native: Path, tmp_path: Path, m
     ((source, what, _),) = seen
     assert what.model.vision.image_size == 24
     assert source.infos["vision.pos_embed"].shape == (1, 37, 32)
+
+
+def test_onnx_on_a_full_disk_names_the_destination(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command, "write_onnx", full)
+    text = error_of("convert", native, tmp_path / "out", "--to", "onnx")
+    assert f"{tmp_path / 'out'} cannot be written (No space left on device); its disk must take" in text
 
 
 @pytest.mark.parametrize(
