@@ -1,6 +1,5 @@
 """A run's checkpoints as a source of weights, and weights as a checkpoint from which a run can start."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -102,7 +101,7 @@ class RunSink:
             "source": None if self._contents.source is None else str(self._contents.source),
             "versions": {name: version(name) for name in ("megaeva", "torch")},
         }
-        layout.write_durably(folder / layout.INFO_NAME, json.dumps(info, indent=1))
+        layout.write_durably(folder / layout.INFO_NAME, layout.info_text(info))
         self._destination.publish_folder()
 
     def abort(self) -> None:

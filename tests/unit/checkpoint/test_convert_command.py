@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert import command
 from megaeva.checkpoint.convert.command import convert
 from megaeva.checkpoint.convert.contents import Contents
@@ -260,6 +261,8 @@ def test_a_configuration_that_contradicts_the_tensors(tmp_path: Path) -> None:
     info = json.loads((run / "megaeva.json").read_text())
     info["model"]["text"]["context_length"] = 11
     (run / "megaeva.json").write_text(json.dumps(info))
+    assert "was edited" in refusal(tmp_path, lambda: convert(run, tmp_path / "b", to="hf-clip"))
+    (run / "megaeva.json").write_text(layout.info_text(info))
     text = refusal(tmp_path, lambda: convert(run, tmp_path / "b", to="hf-clip"))
     assert (
         "does not hold what its megaeva.json says, 1 differences:\n  text.pos_embed: is [10, 48], must be [11, 48]"
