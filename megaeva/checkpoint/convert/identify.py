@@ -185,8 +185,8 @@ def _nothing_fits(source: TensorSource, form: Format) -> CheckpointError:
     return CheckpointError(
         f"{source.path} ({form.name}) is no published variant; the nearest is {nearest}, {len(faults[nearest])} "
         f"differences:\n{_listed(faults[nearest])}\n"
-        "The file must be whole, and of a variant, or have its configuration beside it; give the model with "
-        "--model-config, or the right file."
+        "The file must be whole, and of a variant, or have its configuration beside it; give the right file, or "
+        "convert it with `megaeva convert --model-config`, which says what it is."
     )
 
 
@@ -198,7 +198,8 @@ def _several_fit(source: TensorSource, found: Mapping[str, Contents]) -> Checkpo
     lines = [f"{name}: " + ", ".join(f"{key}={one.get(key)}" for key in keys) for name, one in leaves.items()]
     return CheckpointError(
         f"{source.path} fits several models, which differ in what shapes do not show:\n{_listed(lines)}\n"
-        "It must be one of them, and no configuration beside it says which; give its name with --variant."
+        "It must be one of them, and no configuration beside it says which; give its name with "
+        "`megaeva convert --variant`."
     )
 
 

@@ -316,7 +316,7 @@ def test_a_file_of_no_variant_names_the_nearest() -> None:
     with pytest.raises(CheckpointError) as error:
         identify(source, OPEN_CLIP)
     text = str(error.value)
-    assert "nearest is ViT-H-14, 2 differences" in text and "--model-config" in text
+    assert "nearest is ViT-H-14, 2 differences" in text and "`megaeva convert --model-config`" in text
     assert "visual.ln_post.bias: missing, must be [1280]" in text and "visual.surprise: [1280] is not explained" in text
 
 
