@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.pieces import Piece, overlap
-from megaeva.checkpoint.record import DTYPES, memory, surroundings
+from megaeva.checkpoint.record import DTYPES, chunks, memory, surroundings
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -140,7 +140,7 @@ class FileWriter:
         shape, checksum = tuple(data.shape), crc32(content)
         head, tail = surroundings(data.dtype, shape, checksum)
         try:
-            for part in (head, content, tail):
+            for part in (head, *chunks(content), tail):
                 self._stream.write(part)
         except BaseException:
             self.abort()

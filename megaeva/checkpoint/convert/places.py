@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaeva.checkpoint.record import memory
+from megaeva.checkpoint.record import chunks, memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -95,6 +95,8 @@ def read_bytes(descriptor: int, target: memoryview, offset: int) -> int:
 
 def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+    for chunk in chunks(data):
+        done = 0
+        while done < len(chunk):
+            done += os.pwrite(descriptor, chunk[done:], offset + done)
+        offset += done
