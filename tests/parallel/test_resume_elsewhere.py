@@ -98,8 +98,10 @@ class Ran(NamedTuple):
     moved: dict[str, Keys]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+# Every start of four processes takes its time: the issue's own move in `make test`, all the others beside.
+@pytest.fixture(scope="module", params=[slice(1), pytest.param(slice(1, None), marks=pytest.mark.exhaustive)])
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    moves = dict(list(MOVES.items())[request.param])
     ran = Ran(tmp_path_factory.mktemp("moves"), {}, {})
     make_shards(ran.folder / "shards", num_shards=4, samples_per_shard=10, image_size=40, seed=0)
     with tarfile.open(ran.folder / "shards" / "broken.tar", "w") as tar:
@@ -109,14 +111,19 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         (stay, ran.stayed, lambda name: MOVES[name].ranks_before),
         (move, ran.moved, lambda name: MOVES[name].ranks_after),
     ):
-        for ranks in sorted(set(map(size, MOVES))):
-            names = [name for name in MOVES if size(name) == ranks]
+        for ranks in sorted(set(map(size, moves))):
+            names = [name for name in moves if size(name) == ranks]
             found.update(run_ranks(act, ranks, ran.folder, names)[0])
     return ran
 
 
-@pytest.mark.parametrize("name", MOVES)
-def test_a_moved_run_has_the_losses_and_samples_of_one_that_stayed(ran: Ran, name: str) -> None:
+def test_a_moved_run_has_the_losses_and_samples_of_one_that_stayed(ran: Ran) -> None:
+    assert ran.moved.keys() == ran.stayed.keys() and ran.moved
+    for name in ran.moved:
+        check(ran, name)
+
+
+def check(ran: Ran, name: str) -> None:
     assert ran.moved[name] == ran.stayed[name][SAVED_AT:], "global batches, in their order"
     stayed, moved = (read_metrics(ran.folder / run) for run in (name, f"{name}, moved"))
     assert [line["step"] for line in moved] == list(range(1, STEPS + 1))
