@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-demo cuda-check clean
+.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-convert bench-demo cuda-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-step  a training step beside open_clip, plain PyTorch, and uncut captions (twenty minutes)"
 	@echo "make bench-data  the loader beside webdataset and Pillow (two minutes)"
 	@echo "make bench-checkpoint  what training waits for a save that is written beside it (two minutes)"
+	@echo "make bench-convert  conversions of 10 GB beside cp (five minutes, 30 GB of disk)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
@@ -86,6 +87,9 @@ bench-data: $(VENV)/.test
 
 bench-checkpoint: $(VENV)/.demo
 	$(BIN)/megaeva bench checkpoint
+
+bench-convert: $(VENV)/.demo
+	$(BIN)/megaeva bench convert
 
 cuda-check:
 	@mkdir -p build/cuda-check
