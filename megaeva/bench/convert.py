@@ -27,7 +27,6 @@ from megaeva.checkpoint.convert.eva import NATIVE
 from megaeva.checkpoint.convert.format import MAX_SHARD_BYTES
 from megaeva.checkpoint.convert.ours import shapes
 from megaeva.checkpoint.convert.rules import exported, plan_export
-from megaeva.checkpoint.convert.streaming import AHEAD
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
@@ -145,8 +144,8 @@ def plan_lines(timed: Sequence[ConvertTimes], model: ModelSection) -> list[str]:
     lines = []
     for one in timed:
         seconds = sum(sizes) / one.num_bytes * one.times.ours / 1e3
-        # A tensor is made of another while some wait and one is written.
-        more = (AHEAD + 4) * max(0, max(sizes) - max(own_sizes))
+        # One is read, three are made of it on the way (joined, laid out, the result), one more than the bound may wait.
+        more = 5 * max(0, max(sizes) - max(own_sizes))
         lines.append(
             f"planned: {PLANNED} in half precision, {sum(sizes) / 1e9:.2f} GB, {one.name} in {seconds:.0f} s with "
             f"at most {(max(one.peaks) + more) / 1e9:.1f} GB of resident memory"

@@ -4,7 +4,6 @@ import ctypes
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink, TensorSource
 from megaeva.errors import CheckpointError
 
-AHEAD = 2
-"""Tensors that wait between the threads; with those being made and written they are what is in memory."""
+AHEAD_BYTES = 2**27
+"""Of tensors that wait between the threads: a few large ones, or a small one would leave one of the threads idle. With
+those being made and written they are what is in memory."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT_BYTES = 2**30
@@ -27,24 +27,28 @@ def stream(tensors: Iterator[tuple[str, Tensor]], sink: TensorSink) -> int:
         OSError: the disk; and what `tensors` raises.
     """
     _keep_freed_memory()
-    ready: queue.Queue[tuple[str, Tensor] | BaseException | None] = queue.Queue(AHEAD)
-    stopped = threading.Event()
+    ready: queue.Queue[tuple[str, Tensor] | BaseException | None] = queue.Queue()
+    room = threading.Condition()
+    waiting = 0
+    stopped = False
 
-    def put(item: tuple[str, Tensor] | BaseException | None) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                break
+    def has_room() -> bool:
+        return stopped or waiting < AHEAD_BYTES
 
     def produce() -> None:
+        nonlocal waiting
         try:
-            for item in tensors:
-                put(item)
-                if stopped.is_set():
-                    break
-            put(None)
+            for name, tensor in tensors:
+                with room:
+                    room.wait_for(has_room)
+                    if stopped:
+                        return
+                    waiting += tensor.nbytes
+                ready.put((name, tensor))
+                del tensor  # before the next one is made
+            ready.put(None)
         except BaseException as error:  # raised where the sink is
-            put(error)
+            ready.put(error)
 
     producer = threading.Thread(target=produce, name="reading tensors", daemon=True)
     producer.start()
@@ -56,9 +60,14 @@ def stream(tensors: Iterator[tuple[str, Tensor]], sink: TensorSink) -> int:
             name, tensor = item
             sink.write(name, tensor)
             num_bytes += tensor.nbytes
+            with room:
+                waiting -= tensor.nbytes
+                room.notify()
             del item, tensor  # before the next one comes
     finally:
-        stopped.set()
+        with room:
+            stopped = True
+            room.notify()
         producer.join()
     return num_bytes
 
