@@ -140,8 +140,10 @@ class FileWriter:
         shape, checksum = tuple(data.shape), crc32(content)
         head, tail = surroundings(data.dtype, shape, checksum)
         try:
-            for part in (head, *chunks(content), tail):
-                self._stream.write(part)
+            self._stream.write(head)
+            for chunk in chunks(content):
+                self._stream.write(chunk)
+            self._stream.write(tail)
         except BaseException:
             self.abort()
             raise
