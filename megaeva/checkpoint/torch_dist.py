@@ -47,8 +47,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megaeva.checkpoint import layout
+from megaeva.checkpoint.disk_file import DiskFile
 from megaeva.checkpoint.pieces import Piece, overlap
-from megaeva.checkpoint.record import DTYPES, chunks, memory, surroundings
+from megaeva.checkpoint.record import DTYPES, memory, surroundings
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -120,7 +121,7 @@ class FileWriter:
     def __init__(self, folder: Path, rank: int) -> None:
         """Creates the file in a folder that exists. OSError: the disk refuses."""
         self._path = folder / f"__{rank}_0.distcp"
-        self._stream = self._path.open("wb")
+        self._file = DiskFile(self._path)
         self._records: FileIndex = []
         self._position = 0
 
@@ -140,34 +141,33 @@ class FileWriter:
         shape, checksum = tuple(data.shape), crc32(content)
         head, tail = surroundings(data.dtype, shape, checksum)
         try:
-            self._stream.write(head)
-            for chunk in chunks(content):
-                self._stream.write(chunk)
-            self._stream.write(tail)
+            position = self._position
+            for part in (head, content, tail):
+                self._file.write(memoryview(part), position)
+                position += len(part)
         except BaseException:
             self.abort()
             raise
-        length = len(head) + len(content) + len(tail)
+        length = position - self._position
         self._records.append(
             Record(
                 key, tuple(whole), data.dtype, tuple(offset), shape, self._path.name, self._position, length, checksum
             )
         )
-        self._position += length
+        self._position = position
 
     def close(self) -> FileIndex:
         """Force the file to the disk; returns what it holds. OSError: the disk."""
         try:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            self._file.sync()
         finally:
             self.abort()
         return self._records
 
     def abort(self) -> None:
         """Close a file that is not going to be complete, without an error."""
-        with suppress(OSError):  # it tries once more to write what the disk has refused
-            self._stream.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def write_index(folder: Path, indexes: Sequence[FileIndex]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaeva.checkpoint.record import chunks, memory
+from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
 
@@ -91,12 +91,3 @@ def read_bytes(descriptor: int, target: memoryview, offset: int) -> int:
             break
         done += count
     return done
-
-
-def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset`."""
-    for chunk in chunks(data):
-        done = 0
-        while done < len(chunk):
-            done += os.pwrite(descriptor, chunk[done:], offset + done)
-        offset += done

@@ -1,7 +1,6 @@
 """Safetensors files, single and sharded: read by their headers, written tensor by tensor."""
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from itertools import accumulate
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from megaeva.checkpoint.convert.destination import Beside, Destination
 from megaeva.checkpoint.convert.format import MAX_SHARD_BYTES
-from megaeva.checkpoint.convert.places import Place, dense_stride, write_bytes
+from megaeva.checkpoint.convert.places import Place, dense_stride
+from megaeva.checkpoint.disk_file import DiskFile
 from megaeva.checkpoint.layout import write_durably
 from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
@@ -87,8 +87,8 @@ class SafetensorsSink:
             OSError: the disk.
         """
         self._destination = Destination(folder)
-        self._descriptors: list[int] = []
-        self._places: dict[str, tuple[int, int, TensorInfo]] = {}  # descriptor, offset
+        self._files: list[DiskFile] = []
+        self._places: dict[str, tuple[DiskFile, int, TensorInfo]] = {}  # file, offset, what belongs there
         try:
             if beside is not None:
                 beside(self._destination.folder)
@@ -99,9 +99,9 @@ class SafetensorsSink:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """See `TensorSink.write`."""
-        descriptor, offset, info = self._places.pop(name)
+        file, offset, info = self._places.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{name} is not as announced"
-        write_bytes(descriptor, memory(tensor.contiguous()), offset)
+        file.write(memory(tensor.contiguous()), offset)
 
     def finish(self) -> None:
         """See `TensorSink.finish`."""
@@ -119,15 +119,15 @@ class SafetensorsSink:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"{stem}{SUFFIX}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{SUFFIX}"
-            self._descriptors.append(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            self._start_file(self._descriptors[-1], shard)
+            self._files.append(DiskFile(folder / file))
+            self._start_file(self._files[-1], shard)
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             total = sum(info.num_bytes for shard in shards for info in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_durably(folder / f"{stem}{SUFFIX}.index.json", json.dumps(index, indent=2))
 
-    def _start_file(self, descriptor: int, shard: Mapping[str, TensorInfo]) -> None:
+    def _start_file(self, file: DiskFile, shard: Mapping[str, TensorInfo]) -> None:
         # Wide elements first, as the library does: every tensor is then aligned to its element.
         order = sorted(shard, key=lambda name: -shard[name].dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -138,14 +138,13 @@ class SafetensorsSink:
             header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        write_bytes(descriptor, memoryview(struct.pack("<Q", len(raw)) + raw), 0)
+        file.write(memoryview(struct.pack("<Q", len(raw)) + raw), 0)
         for name, end in zip(order, ends, strict=True):
-            self._places[name] = (descriptor, 8 + len(raw) + end - shard[name].num_bytes, shard[name])
+            self._places[name] = (file, 8 + len(raw) + end - shard[name].num_bytes, shard[name])
 
     def _close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files:
+            file.close()
 
 
 def _shards(infos: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:

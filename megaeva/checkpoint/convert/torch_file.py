@@ -4,7 +4,6 @@ What a pickle may name is listed here: records and constants. Everything else en
 """
 
 import io
-import os
 import pickle
 import re
 import struct
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaeva.checkpoint.convert.destination import Beside, Destination
-from megaeva.checkpoint.convert.places import Place, write_bytes
+from megaeva.checkpoint.convert.places import Place
+from megaeva.checkpoint.disk_file import DiskFile
 from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
@@ -264,14 +264,14 @@ class TorchSink:
             OSError: the disk.
         """
         self._destination = Destination(path)
-        self._descriptor: int | None = None
+        self._file: DiskFile | None = None
         try:
             if beside is not None:
                 beside(self._destination.folder)
             file = self._destination.folder / path.name
             _write_skeleton(file, infos)
             self._holes = _holes(file, infos)
-            self._descriptor = os.open(file, os.O_WRONLY)
+            self._file = DiskFile(file)
         except BaseException:
             self.abort()
             raise
@@ -280,13 +280,13 @@ class TorchSink:
         """See `TensorSink.write`."""
         info, hole = self._holes.pop(name)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{name} is not as announced"
-        assert self._descriptor is not None
+        assert self._file is not None
         data = memory(tensor.contiguous())
         if data:
-            write_bytes(self._descriptor, data, hole.offset)
+            self._file.write(data, hole.offset)
             checksum = memoryview(struct.pack("<I", zlib.crc32(data)))
             for offset in hole.checksums:
-                write_bytes(self._descriptor, checksum, offset)
+                self._file.write(checksum, offset)
 
     def finish(self) -> None:
         """See `TensorSink.finish`."""
@@ -300,9 +300,8 @@ class TorchSink:
         self._destination.remove()
 
     def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)
