@@ -10,6 +10,8 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 2**22
 _CACHED_BYTES = 2**20  # for a larger write at once Linux looks for contiguous pages, at several times the cost
@@ -22,7 +24,7 @@ class DiskFile:
         """Opens or makes the file; what it holds stays."""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self._direct = _open_direct(path)
-        self._block: memoryview | None = None
+        self._block: np.ndarray | None = None
 
     def write(self, data: memoryview, offset: int) -> None:
         """Writes all of `data` at `offset`."""
@@ -50,11 +52,11 @@ class DiskFile:
 
     def _write_block(self, data: memoryview, offset: int) -> None:
         if self._block is None:
-            self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # begins on a page, as the disk wants it
+            self._block = np.frombuffer(mmap.mmap(-1, _BLOCK_BYTES), np.uint8)  # begins on a page, as the disk wants it
         assert self._direct is not None
-        self._block[:] = data
+        np.copyto(self._block, np.frombuffer(data, np.uint8))  # other threads go on meanwhile, not so with memoryviews
         try:
-            done = os.pwrite(self._direct, self._block, offset)
+            done = os.pwrite(self._direct, self._block.data, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:  # the disk wants another alignment
                 raise
