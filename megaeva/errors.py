@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 EXPLAINED = 2  # exit code of a process that told its user what to mend
 LOST_PEER = 3  # exit code of a rank that stopped because another one is gone
@@ -71,6 +71,12 @@ class LostRankError(UserError):
         """Print it, on the one rank that speaks."""
         if self.speaks:
             _print_last(f"error: {self}")
+
+
+def listed(lines: Sequence[str], most: int = 20) -> str:
+    """The first lines of a message's list, each on one of its own, and how many more there are."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *more])
 
 
 def is_timeout(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A file that is written at offsets, its long stretches past the page cache.
+"""Files at offsets: written with their long stretches past the page cache, read into memory that is there.
 
 Weights are written once and not read soon. The pages of the cache that they would fill are taken from what is read
 again (shards of images), and cost more than the disk where the machine has to find them first: for 10 GB under Linux
@@ -76,3 +76,14 @@ def _open_direct(path: Path) -> int | None:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except (OSError, AttributeError):
         return None
+
+
+def read_bytes(descriptor: int, target: memoryview, offset: int) -> int:
+    """Fills `target` from a file; returns the bytes read, fewer only where the file ends."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done

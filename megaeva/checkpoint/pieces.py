@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.shards import full_shape, is_sharded
 
+OPTIMIZER = "optimizer."
+"""With what the keys of optimizer state begin, and no weight's."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -66,7 +69,7 @@ def state_pieces(
     local = tuple(parameter.shape)
     boxes = _boxes(parameter, grid)
     for name, tensor in state.items():
-        own_key = f"optimizer.state.{name}.{key}"
+        own_key = f"{OPTIMIZER}state.{name}.{key}"
         is_main = (is_sharded(parameter) or grid.tp_rank == 0) if is_shard else _is_writer(own_key, parameter, grid)
         data = tensor.detach()
         if data.shape == local:

@@ -21,7 +21,7 @@ from megaeva.checkpoint.pieces import Piece, module_pieces, state_pieces
 from megaeva.checkpoint.torch_dist import FileIndex, FileWriter, Reader, first_line, write_index
 from megaeva.config.schema import Config
 from megaeva.data.tokenizer import read_subset
-from megaeva.errors import CheckpointError, UserError, is_lost_peer
+from megaeva.errors import CheckpointError, UserError, is_lost_peer, listed
 from megaeva.parallel.collectives import RemoteError, gather_or_raise, raise_together, together
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.wrap import Tower
@@ -43,8 +43,8 @@ class LoadedState:
 
     Attributes:
         step: finished optimizer steps; the next one has this number.
-        loader_states: what each data block passed to `save`, in their order; the number of blocks is the saving run's.
-        extra: what was passed to `save`.
+        loader_states: what each data block passed to `begin`, in their order; the number of blocks is the saving run's.
+        extra: what was passed to `begin`.
     """
 
     step: int
@@ -88,34 +88,6 @@ class CheckpointStore:
         """The newest finished checkpoint. Any rank may call it alone; it only looks."""
         found = layout.complete_checkpoints(self.folder)
         return found[-1] if found else None
-
-    def save(
-        self,
-        step: int,
-        towers: Sequence[Tower],
-        optimizer: Optimizer,
-        *,
-        config: Config,
-        loader_state: dict[str, Any],
-        extra: dict[str, Any],
-        data_grid: Grid,
-    ) -> Path:
-        """A save in one go; arguments and errors are `begin`'s and `collect`'s. Returns the checkpoint's folder."""
-        save = self.begin(
-            step, towers, optimizer, config=config, loader_state=loader_state, extra=extra, data_grid=data_grid
-        )
-        written: FileIndex | Exception
-        completed: Exception | None = None
-        try:
-            written = self.write(save, save.pieces)
-        except Exception as error:
-            written = error
-        indexes = self.collect(save, written)
-        try:
-            self.complete(save, indexes)
-        except Exception as error:
-            completed = error
-        return self.conclude(save, completed)
 
     def begin(
         self,
@@ -358,12 +330,11 @@ def _check_pieces(reader: Reader, pieces: Sequence[Piece]) -> None:
         if found.get(key) != whole
     ]
     if faults:
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise CheckpointError(
-            f"{reader.path} does not have what this run continues with; {len(faults)} tensors differ:\n  "
-            + "\n  ".join(faults[:20])
-            + f"{more}\nA resumed run must train the same parameters; set the recipe back, or start a new run_dir with "
-            "init.clip, init.vision or init.text."
+            f"{reader.path} does not have what this run continues with; {len(faults)} tensors differ:\n"
+            f"{listed(faults)}\n"
+            "A resumed run must train the same parameters; set the recipe back, or start a new run_dir with init.clip, "
+            "init.vision or init.text."
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,10 +65,3 @@ class TensorSink(Protocol):
     def abort(self) -> None:
         """Removes what was written; whatever stood at the destination before is as it was."""
         ...
-
-
-def expect(value: Any, kind: type, what: str) -> Any:
-    """`value` of a JSON file if it is a `kind`; TypeError("<what> is a <type>, must be a <kind>") otherwise."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{what} is a {type(value).__name__}, must be a {kind.__name__}")
-    return value

@@ -47,8 +47,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megaeva.checkpoint import layout
-from megaeva.checkpoint.disk_file import DiskFile
-from megaeva.checkpoint.pieces import Piece, overlap
+from megaeva.checkpoint.disk_file import DiskFile, read_bytes
+from megaeva.checkpoint.pieces import OPTIMIZER, Piece, overlap
 from megaeva.checkpoint.record import DTYPES, memory, surroundings
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
@@ -243,6 +243,7 @@ class Reader:
     Attributes:
         path: the checkpoint folder.
         infos: every tensor, optimizer state included, in the order of the files' index.
+        weights: those that are no optimizer state.
         has_checksums: False for a folder that another program wrote, or a megaeva before checksums.
     """
 
@@ -256,6 +257,7 @@ class Reader:
         self.infos: Mapping[str, TensorInfo] = {
             key: TensorInfo(boxes[0].whole, boxes[0].dtype) for key, boxes in self._records.items()
         }
+        self.weights = {key: info for key, info in self.infos.items() if not key.startswith(OPTIMIZER)}
 
     def read(self, name: str) -> Tensor:
         """One whole tensor. CheckpointError: damaged; KeyError: not there."""
@@ -357,12 +359,9 @@ class Reader:
                 self._files[record.file] = os.open(self.path / record.file, os.O_RDONLY)
             except OSError as error:
                 raise self._damage(record, f"the file cannot be opened: {error.strerror}") from error
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._files[record.file], [target[done:]], position + done)
-            if count == 0:
-                raise self._damage(record, f"the file ends at byte {position + done}")
-            done += count
+        got = read_bytes(self._files[record.file], target, position)
+        if got < len(target):
+            raise self._damage(record, f"the file ends at byte {position + got}")
 
     def _damage(self, record: Record, what: str) -> CheckpointError:
         return CheckpointError(

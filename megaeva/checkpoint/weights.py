@@ -16,7 +16,7 @@ from megaeva.checkpoint.convert.start import Weights, open_weights
 from megaeva.checkpoint.pieces import Piece, module_pieces
 from megaeva.checkpoint.tensors import TensorSource
 from megaeva.checkpoint.torch_dist import Reader
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, listed
 from megaeva.parallel.collectives import broadcast_object, gather_objects, together
 from megaeva.parallel.grid import Grid
 
@@ -155,10 +155,9 @@ def _check(
     ]
     if problems:
         raise CheckpointError(
-            f"{weights.path} ({weights.form}) does not fit the model; {len(problems)} tensors differ:\n  "
-            + "\n  ".join(problems[:20])
-            + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-            + "\nEvery tensor must be in both with one shape; use weights of this model section."
+            f"{weights.path} ({weights.form}) does not fit the model; {len(problems)} tensors differ:\n"
+            f"{listed(problems)}\n"
+            "Every tensor must be in both with one shape; use weights of this model section."
         )
 
 

@@ -18,6 +18,7 @@ from megaeva.optim.build import build_optimizer
 from megaeva.optim.tower_optimizer import STATE_KEYS, main_state
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.wrap import count_parameters
+from tests.helpers.saving import save_now
 from tests.helpers.spawn import run_ranks
 from tests.helpers.toy_towers import (
     Axes,
@@ -69,7 +70,8 @@ class Run:
             self.optimizer.step()
 
     def save(self, folder: Path, step: int) -> Path:
-        return CheckpointStore(folder, 2).save(
+        return save_now(
+            CheckpointStore(folder, 2),
             step,
             self.towers,
             self.optimizer,

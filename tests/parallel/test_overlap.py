@@ -17,6 +17,7 @@ from megaeva.optim.build import build_optimizer
 from megaeva.parallel import wrap
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.wrap import Tower, finish_parameter_gather, reduce_gradients, zero_gradients
+from tests.helpers.saving import save_now
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import example_images, example_tokens, tiny
 from tests.helpers.toy_towers import Axes, build_towers, compute_gradients, grid_of, make_config, whole_weights
@@ -88,7 +89,7 @@ def train(runtime: Runtime, axes: Axes, folder: Path | None, **switches: Any) ->
     whole = whole_weights(towers)
     if folder is not None:
         saved = {"config": cfg, "data_grid": towers[2].grid}
-        CheckpointStore(folder, 1).save(STEPS, towers, optimizer, loader_state={}, extra={}, **saved)
+        save_now(CheckpointStore(folder, 1), STEPS, towers, optimizer, loader_state={}, extra={}, **saved)
         plain_cfg = make_config(num_layers=5, clip_grad_norm=None, distributed_optimizer=False)
         plain = build_towers(runtime, plain_cfg, axes, seed=1)
         plain_optimizer, _ = build_optimizer(plain, plain_cfg)

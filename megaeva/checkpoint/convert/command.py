@@ -23,7 +23,7 @@ from megaeva.checkpoint.convert.run_folder import RunSource, run_contents
 from megaeva.checkpoint.convert.streaming import Finite, stream
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink, TensorSource
 from megaeva.config.schema import ModelSection
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, listed
 
 MEGAEVA = "megaeva"
 """The format of runs, by name; `formats()` has the others."""
@@ -188,9 +188,8 @@ def _check_shapes(source: TensorSource, contents: Contents) -> None:
     faults += [f"{name}: {list(shape)} is not explained" for name, shape in found.items() if name not in must]
     if faults:
         raise CheckpointError(
-            f"{source.path} does not hold what its megaeva.json says, {len(faults)} differences:\n  "
-            + "\n  ".join(faults[:20])
-            + "\nEvery tensor must be of the model there; the checkpoint is damaged, use another one."
+            f"{source.path} does not hold what its megaeva.json says, {len(faults)} differences:\n"
+            f"{listed(faults)}\nEvery tensor must be of the model there; the checkpoint is damaged, use another one."
         )
 
 

@@ -18,20 +18,9 @@ from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import TorchSink
 from megaeva.checkpoint.convert.open_clip import text_rules
-from megaeva.checkpoint.convert.ours import layer_norms
-from megaeva.checkpoint.convert.rules import (
-    STACKED,
-    Rule,
-    Tensors,
-    Transform,
-    both,
-    copies,
-    dropped,
-    for_layers,
-    interleaved,
-    prefixed,
-)
-from megaeva.checkpoint.convert.sidecar import contents_info, info_contents, read_json, write_json
+from megaeva.checkpoint.convert.rules import Rule, Tensors, Transform, both, copies, dropped, prefixed
+from megaeva.checkpoint.convert.sidecar import contents_info, info_contents, read_json, unmet, write_json
+from megaeva.checkpoint.convert.timm import BlockNames, tower_rules
 from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_notes
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink
 from megaeva.config.schema import VisionSection
@@ -47,49 +36,12 @@ _THETA = 10_000
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _block_rules(cfg: VisionSection) -> list[Rule]:
-    has_norm_bias = cfg.norm == "layernorm"
-    first, second = layer_norms(cfg)
-    ours, theirs = "blocks.layers.{i}.", "blocks.{i}."
-    attention = ours + "self_attention."
-    apart = cfg.sub_ln_mlp  # upstream's flag `subln` decides both
-    names = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight") if apart else ("attn.qkv.weight",)
-    layer = [
-        *both(ours + first, theirs + "norm1", has_norm_bias),
-        *both(ours + second, theirs + "norm2", has_norm_bias),
-        Rule(
-            (attention + "linear_qkv.weight",),
-            tuple(theirs + name for name in names),
-            interleaved(cfg.num_heads, len(names)),
-        ),
-        *both(attention + "linear_proj", theirs + "attn.proj"),
-    ]
-    if cfg.qkv_bias == "qv":
-        layer += copies((f"{attention}{part}_bias", f"{theirs}attn.{part}_bias") for part in "qv")
-    if cfg.sub_ln_attention:
-        layer += both(attention + "inner_norm", theirs + "attn.inner_attn_ln", has_norm_bias)
-    if cfg.sub_ln_mlp:
-        layer += both(ours + "mlp.inner_norm", theirs + "mlp.ffn_ln", has_norm_bias)
-    if cfg.activation == "swiglu":
-        layer += [
-            Rule((f"{ours}mlp.linear_fc1.{p}",), (f"{theirs}mlp.w1.{p}", f"{theirs}mlp.w2.{p}"), STACKED)
-            for p in ("weight", "bias")
-        ]
-        layer += both(ours + "mlp.linear_fc2", theirs + "mlp.w3")
-    else:
-        layer += both(ours + "mlp.linear_fc1", theirs + "mlp.fc1")
-        layer += both(ours + "mlp.linear_fc2", theirs + "mlp.fc2")
-    return for_layers(layer, cfg.num_layers)
+_NAMES = BlockNames("attn.q_bias", "attn.v_bias", "attn.inner_attn_ln", "mlp.w1", "mlp.w2", "mlp.w3", "mlp.ffn_ln")
 
 
 def _tower_rules(cfg: VisionSection) -> list[Rule]:
     """Names without "vision." and "visual."; without head and rotary tables."""
-    return [
-        *copies((name, name) for name in ("cls_token", "pos_embed")),
-        *both("patch_embed", "patch_embed.proj", cfg.patch_bias),
-        *_block_rules(cfg),
-        *both("norm", "norm", cfg.norm == "layernorm"),
-    ]
+    return tower_rules(cfg, _NAMES, qkv_apart=cfg.sub_ln_mlp)  # upstream's flag `subln` decides both
 
 
 def _native_rules(what: Contents, names: Collection[str] | None) -> list[Rule]:
@@ -178,14 +130,8 @@ def _refusal(what: Contents) -> str | None:
         must["sub_ln_attention"] = (vision.sub_ln_mlp,)
         if model.logit_scale.bias is not None:
             return "EVA-CLIP has no bias of the logits, this model (trained with the sigmoid loss) has"
-    return next(
-        (
-            f"EVA's towers have {key}={' or '.join(map(str, values))}, this one has {getattr(vision, key)}"
-            for key, values in must.items()
-            if getattr(vision, key) not in values
-        ),
-        None,
-    )
+    fault = unmet(vision, must)
+    return fault and f"EVA's towers have {fault[0]}, this one has {fault[1]}"
 
 
 def _mim_notes(what: Contents) -> list[str]:

@@ -4,7 +4,7 @@ Source: transformers 5.23 models/clip; for EVA facts.md 2c. Both are folders of 
 preprocessor_config.json and CLIP's tokenizer beside them (`hf_config.py`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from megaeva.checkpoint.convert.hf_config import (
     write_hf_eva_folder,
 )
 from megaeva.checkpoint.convert.io import SafetensorsSink
+from megaeva.checkpoint.convert.ours import layer_norms
 from megaeva.checkpoint.convert.rules import (
     BATCH_DIM,
     CLS_TOKEN,
@@ -102,11 +103,8 @@ def _swiglu_rules() -> list[Rule]:
 def _vision_rules(cfg: VisionSection) -> list[Rule]:
     """Names without "vision." and "vision_model."; without head."""
     has_norm_bias = cfg.norm == "layernorm"
-    norms = ("input_layernorm", "pre_mlp_layernorm")
-    if cfg.norm_position == "post":
-        norms = ("post_attention_layernorm", "post_mlp_layernorm")
     layer = [
-        *_layer_rules(cfg.num_heads, cfg.qkv_bias, norms, has_norm_bias),
+        *_layer_rules(cfg.num_heads, cfg.qkv_bias, layer_norms(cfg), has_norm_bias),
         *(_swiglu_rules() if cfg.activation == "swiglu" else _mlp_rules()),
     ]
     ours, theirs = "blocks.layers.{i}.", "encoder.layers.{i}."
@@ -148,12 +146,10 @@ def rules(what: Contents, names: Collection[str] | None) -> list[Rule]:
     ]
 
 
-def _open_clip_sink(folder: Path, what: Contents, infos: Mapping[str, TensorInfo], shard_bytes: int) -> TensorSink:
-    return SafetensorsSink(folder, infos, shard_bytes, beside=partial(write_hf_clip_folder, what=what, infos=infos))
-
-
-def _open_eva_sink(folder: Path, what: Contents, infos: Mapping[str, TensorInfo], shard_bytes: int) -> TensorSink:
-    return SafetensorsSink(folder, infos, shard_bytes, beside=partial(write_hf_eva_folder, what=what, infos=infos))
+def _open_sink(
+    write_beside: Callable[..., None], folder: Path, what: Contents, infos: Mapping[str, TensorInfo], shard_bytes: int
+) -> TensorSink:
+    return SafetensorsSink(folder, infos, shard_bytes, beside=partial(write_beside, what=what, infos=infos))
 
 
 def _eva_notes(what: Contents) -> list[str]:
@@ -166,7 +162,7 @@ HF_CLIP = Format(
     kinds=("clip",),
     recognises=lambda names: "vision_model.pre_layrnorm.weight" in names and "logit_scale" in names,
     rules=rules,
-    open_sink=_open_clip_sink,
+    open_sink=partial(_open_sink, write_hf_clip_folder),
     read_config=read_hf_clip_config,
     refusal=hf_clip_refusal,
     notes=vocabulary_notes,
@@ -178,7 +174,7 @@ HF_EVA = Format(
     kinds=("clip",),
     recognises=lambda names: "vision_model.embeddings.patch_embedding.bias" in names and "logit_scale" in names,
     rules=rules,
-    open_sink=_open_eva_sink,
+    open_sink=partial(_open_sink, write_hf_eva_folder),
     read_config=read_hf_eva_config,
     refusal=hf_eva_refusal,
     notes=_eva_notes,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
-from megaeva.checkpoint.convert.sidecar import Keys, beside, read_json, validated, write_json
+from megaeva.checkpoint.convert.sidecar import Keys, beside, read_json, unmet, validated, write_json
 from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY, exported_text
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.config.schema import TextSection
@@ -34,10 +34,8 @@ def hf_clip_refusal(what: Contents) -> str | None:
         "activation": ("gelu", "quick_gelu"), "sub_ln_attention": (False,), "sub_ln_mlp": (False,), "rope": (False,),
         "patch_bias": (False,), "head_bias": (False,),
     }  # fmt: skip
-    for key, values in must.items():
-        if getattr(vision, key) not in values:
-            has = " or ".join(map(str, values))
-            return f"transformers' CLIPModel has {key}={has}, this tower has {getattr(vision, key)}; try hf-eva"
+    if fault := unmet(vision, must):
+        return f"transformers' CLIPModel has {fault[0]}, this tower has {fault[1]}; try hf-eva"
     return _bias_refusal(what)
 
 
@@ -117,11 +115,9 @@ def read_hf_clip_config(path: Path) -> Contents | None:
     Raises:
         CheckpointError: it is damaged, or describes a model that is not one of ours.
     """
-    file = beside(path, CONFIG)
-    content = read_json(file)
-    if content is None or content.get("model_type") != "clip":
+    top = _opened(path)
+    if top is None:
         return None
-    top = Keys(file, content, "")
     vision, text = _tower(top, "vision"), _tower(top, "text")
     section = _read_vision(vision) | {
         "activation": vision.one_of("hidden_act", _ACTIVATIONS, "quick_gelu"),
@@ -130,10 +126,17 @@ def read_hf_clip_config(path: Path) -> Contents | None:
         "patch_bias": False,
         "ln_pre": True,
     }
-    return _contents(file, top, section, _read_text(text))
+    return _contents(top, section, _read_text(text))
 
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+
+
+def _opened(path: Path) -> Keys | None:
+    """The config.json of weights if it is a CLIP's, of either layout."""
+    file = beside(path, CONFIG)
+    content = read_json(file)
+    return Keys(file, content, "") if content is not None and content.get("model_type") == "clip" else None
 
 
 def _tower(top: Keys, name: str) -> Keys:
@@ -169,9 +172,9 @@ def _read_text(text: Keys) -> dict[str, Any]:
     }
 
 
-def _contents(file: Path, top: Keys, vision: dict[str, Any], text: dict[str, Any]) -> Contents:
-    model = validated(file, {"embed_dim": top.size("projection_dim", 512), "vision": vision, "text": text})
-    return Contents("clip", model, _read_preprocessor(file, model.vision.image_size))
+def _contents(top: Keys, vision: dict[str, Any], text: dict[str, Any]) -> Contents:
+    model = validated(top.path, {"embed_dim": top.size("projection_dim", 512), "vision": vision, "text": text})
+    return Contents("clip", model, _read_preprocessor(top.path, model.vision.image_size))
 
 
 # ----------------------------------------------------------------------------------------------- EVA-CLIP, remote code
@@ -241,11 +244,9 @@ def read_hf_eva_config(path: Path) -> Contents | None:
     Raises:
         CheckpointError: it is damaged, or describes a model that is not one of ours.
     """
-    file = beside(path, CONFIG)
-    content = read_json(file)
-    if content is None or content.get("model_type") != "clip":
+    top = _opened(path)
+    if top is None:
         return None
-    top = Keys(file, content, "")
     vision, text = _tower(top, "vision"), _tower(top, "text")
     post = vision.take("post_layernorm")
     if post is None:
@@ -269,7 +270,7 @@ def read_hf_eva_config(path: Path) -> Contents | None:
         # EVA has one flag for both, qkv_bias [facts.md 1a].
         "head_bias": bias != "none",
     }
-    return _contents(file, top, section, _read_text(text))
+    return _contents(top, section, _read_text(text))
 
 
 # -------------------------------------------------------------------------------------------- images and captions

@@ -18,7 +18,7 @@ from megaeva.checkpoint.convert.rules import differences
 from megaeva.checkpoint.tensors import TensorSource
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, listed
 
 _SHOWN = 6
 _UNSEEN = {
@@ -174,7 +174,7 @@ def _must_fit(source: TensorSource, form: Format, what: Contents, origin: str) -
     faults += odd or differences(form.rules(what, source.infos.keys()), source.infos, shapes(what))
     if faults:
         raise CheckpointError(
-            f"{source.path} ({form.name}) contradicts {origin}, {len(faults)} differences:\n{_listed(faults)}\n"
+            f"{source.path} ({form.name}) contradicts {origin}, {len(faults)} differences:\n{listed(faults, _SHOWN)}\n"
             "Every tensor must be explained on both sides; give the model that the file is of."
         )
 
@@ -184,7 +184,7 @@ def _nothing_fits(source: TensorSource, form: Format) -> CheckpointError:
     nearest = min(faults, key=lambda name: len(faults[name]))
     return CheckpointError(
         f"{source.path} ({form.name}) is no published variant; the nearest is {nearest}, {len(faults[nearest])} "
-        f"differences:\n{_listed(faults[nearest])}\n"
+        f"differences:\n{listed(faults[nearest], _SHOWN)}\n"
         "The file must be whole, and of a variant, or have its configuration beside it; give the right file, or "
         "convert it with `megaeva convert --model-config`, which says what it is."
     )
@@ -197,7 +197,7 @@ def _several_fit(source: TensorSource, found: Mapping[str, Contents]) -> Checkpo
     )
     lines = [f"{name}: " + ", ".join(f"{key}={one.get(key)}" for key in keys) for name, one in leaves.items()]
     return CheckpointError(
-        f"{source.path} fits several models, which differ in what shapes do not show:\n{_listed(lines)}\n"
+        f"{source.path} fits several models, which differ in what shapes do not show:\n{listed(lines, _SHOWN)}\n"
         "It must be one of them, and no configuration beside it says which; give its name with "
         "`megaeva convert --variant`."
     )
@@ -239,7 +239,8 @@ def _given(source: TensorSource, form: Format, model: ModelSection) -> Contents:
     if lines:
         raise CheckpointError(
             f"{source.path} ({form.name}): the model given contradicts the configuration beside it in what shapes "
-            f"do not show:\n{_listed(lines)}\nBoth must agree; leave the model out, or move the configuration away."
+            f"do not show:\n{listed(lines, _SHOWN)}\n"
+            "Both must agree; leave the model out, or move the configuration away."
         )
     return replace(beside, model=model)
 
@@ -252,8 +253,3 @@ def _unseen(what: Contents) -> list[str]:
         shown.add("vision.rope_pretrain_grid")
     parts = ("vision", "text") if what.kind == "clip" else ("vision",)
     return [key for part in parts for key in (f"{part}.{name}" for name in _UNSEEN[part]) if key not in shown]
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return "\n".join(f"  {line}" for line in lines[:_SHOWN]) + more

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaeva.checkpoint.disk_file import read_bytes
 from megaeva.checkpoint.record import memory
 from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.errors import CheckpointError
@@ -80,14 +81,3 @@ class PlacedTensors:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
         return self._descriptors[file]
-
-
-def read_bytes(descriptor: int, target: memoryview, offset: int) -> int:
-    """Fills `target` from a file; returns the bytes read, fewer only where the file ends."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done

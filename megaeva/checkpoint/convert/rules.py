@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
-from megaeva.errors import CheckpointError
+from megaeva.errors import CheckpointError, listed
 
 Tensors = tuple[Tensor, ...]
 
@@ -200,9 +200,8 @@ def plan_import(
 
 
 def _not_explained(path: Path | str, faults: Sequence[str]) -> CheckpointError:
-    shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
     return CheckpointError(
-        f"{path} does not fit this model and format, {len(faults)} differences:\n  {shown}\n"
+        f"{path} does not fit this model and format, {len(faults)} differences:\n{listed(faults)}\n"
         "Every tensor must be explained on both sides; check that the variant and the format are the file's own."
     )
 

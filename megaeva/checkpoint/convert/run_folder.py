@@ -16,8 +16,6 @@ from megaeva.checkpoint.tensors import TensorInfo
 from megaeva.checkpoint.torch_dist import FileWriter, Reader, write_index
 from megaeva.errors import CheckpointError
 
-_OPTIMIZER = "optimizer."
-
 
 def run_contents(checkpoint: Path, infos: Mapping[str, TensorInfo] | None = None) -> Contents:
     """What a checkpoint holds. CheckpointError: its megaeva.json is missing or damaged.
@@ -41,9 +39,7 @@ class RunSource:
         """
         self.path = layout.find_checkpoint(path)
         self._reader = Reader(self.path)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: info for name, info in self._reader.infos.items() if not name.startswith(_OPTIMIZER)
-        }
+        self.infos: Mapping[str, TensorInfo] = self._reader.weights
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""

@@ -49,6 +49,14 @@ def same_tower(one: VisionSection, other: VisionSection) -> bool:
     return one.model_dump(exclude=set(_TRAINING_ONLY)) == other.model_dump(exclude=set(_TRAINING_ONLY))
 
 
+def unmet(tower: VisionSection, must: Mapping[str, tuple[Any, ...]]) -> tuple[str, Any] | None:
+    """Returns the first key whose value is none of those it must have, "key=one or other", and its value; or None."""
+    for key, values in must.items():
+        if getattr(tower, key) not in values:
+            return f"{key}={' or '.join(map(str, values))}", getattr(tower, key)
+    return None
+
+
 def beside(path: Path, name: str) -> Path:
     """Returns the file `name` in a folder of weights, or beside a file of them."""
     return (path if path.is_dir() else path.parent) / name
@@ -178,18 +186,15 @@ def open_clip_refusal(what: Contents) -> str | None:
                 _OPEN_CLIP_TOWERS
             )
         return None
-    must = {
-        "norm": "layernorm", "norm_position": "pre", "qkv_bias": "qkv", "sub_ln_attention": False, "sub_ln_mlp": False,
-        "rope": False, "patch_bias": False, "head_bias": False, "activation": text.activation,
-    }  # fmt: skip
-    return next(
-        (
-            f"open_clip's towers with ln_pre have {key}={value}, this one has {getattr(vision, key)}"
-            for key, value in must.items()
-            if getattr(vision, key) != value
-        ),
-        None,
-    )
+    fault = unmet(
+        vision,
+        {
+            "norm": ("layernorm",), "norm_position": ("pre",), "qkv_bias": ("qkv",), "sub_ln_attention": (False,),
+            "sub_ln_mlp": (False,), "rope": (False,), "patch_bias": (False,), "head_bias": (False,),
+            "activation": (text.activation,),
+        },
+    )  # fmt: skip
+    return fault and f"open_clip's towers with ln_pre have {fault[0]}, this one has {fault[1]}"
 
 
 def open_clip_notes(what: Contents) -> list[str]:
@@ -375,14 +380,8 @@ def timm_refusal(what: Contents) -> str | None:
     }  # fmt: skip
     if vision.activation == "swiglu":
         must["sub_ln_mlp"] = (True,)  # without it timm fuses w1 and w2
-    return next(
-        (
-            f"timm's Eva has {key}={' or '.join(map(str, values))}, this tower has {getattr(vision, key)}"
-            for key, values in must.items()
-            if getattr(vision, key) not in values
-        ),
-        None,
-    )
+    fault = unmet(vision, must)
+    return fault and f"timm's Eva has {fault[0]}, this tower has {fault[1]}"
 
 
 def timm_config(what: Contents) -> dict[str, Any]:

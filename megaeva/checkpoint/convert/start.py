@@ -23,7 +23,6 @@ from megaeva.errors import CheckpointError
 
 Part = Literal["vision", "text"]
 
-_OPTIMIZER = "optimizer."
 # No shape shows these, and weights trained with one value mean nothing with another.
 _DECIDING: Mapping[Part, tuple[str, ...]] = {
     "vision": ("num_heads", "norm", "norm_position", "qkv_bias", "rope", "rope_pretrain_grid"),
@@ -108,8 +107,7 @@ def _open_run(path: Path) -> Weights:
     checkpoint = layout.find_checkpoint(path)
     reader = Reader(checkpoint)
     notes = () if reader.has_checksums else ("no checksums: it was written before there were any",)
-    infos = {name: info for name, info in reader.infos.items() if not name.startswith(_OPTIMIZER)}
-    return Weights(reader, infos, run_contents(checkpoint, infos), "megaeva", notes)
+    return Weights(reader, reader.weights, run_contents(checkpoint, reader.weights), "megaeva", notes)
 
 
 # -------------------------------------------------------------------------------------------------- what a file is of

@@ -4,6 +4,7 @@ Source: timm 1.0.31 models/eva.py, facts.md 2c.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,45 +21,70 @@ ONE_FILE = 2**63 - 1
 """Bytes of a shard for readers that take a single file only: timm and open_clip from a folder."""
 
 
-def vision_rules(cfg: VisionSection) -> list[Rule]:
-    """Returns the table of a tower with head, names without "vision."."""
+@dataclass(frozen=True)
+class BlockNames:
+    """What an EVA block's tensors are called where timm and EVA's own code differ.
+
+    Attributes:
+        q_bias, v_bias: of attention.
+        inner_norm: of attention.
+        gate, up, down: of a gated MLP; a plain one has fc1 and fc2.
+        mlp_norm: of the MLP.
+    """
+
+    q_bias: str
+    v_bias: str
+    inner_norm: str
+    gate: str
+    up: str
+    down: str
+    mlp_norm: str
+
+
+def tower_rules(cfg: VisionSection, names: BlockNames, *, qkv_apart: bool) -> list[Rule]:
+    """Returns the table of an EVA tower without head, names without "vision."; q, k and v are one tensor or three."""
     has_norm_bias = cfg.norm == "layernorm"
     first, second = layer_norms(cfg)
     ours, theirs = "blocks.layers.{i}.", "blocks.{i}."
-    attention = ours + "self_attention."
-    # timm keeps q, k and v apart in the models with sub-LN and fuses them in the others.
-    apart = cfg.sub_ln_attention
-    names = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight") if apart else ("attn.qkv.weight",)
+    attention, mlp = ours + "self_attention.", ours + "mlp."
+    qkv = [f"{theirs}attn.{part}_proj.weight" for part in "qkv"] if qkv_apart else [theirs + "attn.qkv.weight"]
     layer = [
         *both(ours + first, theirs + "norm1", has_norm_bias),
         *both(ours + second, theirs + "norm2", has_norm_bias),
-        Rule(
-            (attention + "linear_qkv.weight",),
-            tuple(theirs + name for name in names),
-            interleaved(cfg.num_heads, len(names)),
-        ),
+        Rule((attention + "linear_qkv.weight",), tuple(qkv), interleaved(cfg.num_heads, len(qkv))),
         *both(attention + "linear_proj", theirs + "attn.proj"),
-        *both(ours + "mlp.linear_fc2", theirs + "mlp.fc2"),
     ]
     if cfg.qkv_bias == "qv":
-        biases = ("attn.q_proj.bias", "attn.v_proj.bias") if apart else ("attn.q_bias", "attn.v_bias")
-        layer += copies(zip((attention + "q_bias", attention + "v_bias"), (theirs + name for name in biases)))
+        layer += copies([(attention + "q_bias", theirs + names.q_bias), (attention + "v_bias", theirs + names.v_bias)])
     if cfg.sub_ln_attention:
-        layer += both(attention + "inner_norm", theirs + "attn.norm", has_norm_bias)
+        layer += both(attention + "inner_norm", theirs + names.inner_norm, has_norm_bias)
     if cfg.sub_ln_mlp:
-        layer += both(ours + "mlp.inner_norm", theirs + "mlp.norm", has_norm_bias)
+        layer += both(mlp + "inner_norm", theirs + names.mlp_norm, has_norm_bias)
     if cfg.activation == "swiglu":
         layer += [
-            Rule((f"{ours}mlp.linear_fc1.{p}",), (f"{theirs}mlp.fc1_g.{p}", f"{theirs}mlp.fc1_x.{p}"), STACKED)
+            Rule((f"{mlp}linear_fc1.{p}",), (f"{theirs}{names.gate}.{p}", f"{theirs}{names.up}.{p}"), STACKED)
             for p in ("weight", "bias")
         ]
     else:
-        layer += both(ours + "mlp.linear_fc1", theirs + "mlp.fc1")
+        layer += both(mlp + "linear_fc1", theirs + "mlp.fc1")
+    layer += both(mlp + "linear_fc2", theirs + (names.down if cfg.activation == "swiglu" else "mlp.fc2"))
     return [
         *copies((name, name) for name in ("cls_token", "pos_embed")),
         *both("patch_embed", "patch_embed.proj", cfg.patch_bias),
         *for_layers(layer, cfg.num_layers),
         *both("norm", "norm", has_norm_bias),
+    ]
+
+
+_FUSED = BlockNames("attn.q_bias", "attn.v_bias", "attn.norm", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2", "mlp.norm")
+_APART = replace(_FUSED, q_bias="attn.q_proj.bias", v_bias="attn.v_proj.bias")
+
+
+def vision_rules(cfg: VisionSection) -> list[Rule]:
+    """Returns the table of a tower with head, names without "vision."."""
+    apart = cfg.sub_ln_attention  # timm keeps q, k and v apart in the models with sub-LN and fuses them in the others
+    return [
+        *tower_rules(cfg, _APART if apart else _FUSED, qkv_apart=apart),
         *both("head", "head", cfg.head_bias),
     ]
 

@@ -21,6 +21,7 @@ from megaeva.errors import CheckpointError
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.runtime import Runtime
+from tests.helpers.saving import save_now
 from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
 
 
@@ -41,7 +42,8 @@ class Run:
             assert self.optimizer.step()[0]
 
     def save(self, step: int) -> Path:
-        return self.store.save(
+        return save_now(
+            self.store,
             step,
             self.towers,
             self.optimizer,
