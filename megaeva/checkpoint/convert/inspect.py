@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert import identify, ours
@@ -13,7 +12,6 @@ from megaeva.checkpoint.convert.rules import Imported
 from megaeva.checkpoint.convert.run_folder import RunSource, run_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
-from megaeva.checkpoint.torch_dist import Reader
 from megaeva.config.schema import ModelSection, TextSection, VisionSection
 from megaeva.errors import CheckpointError
 
@@ -119,13 +117,10 @@ def _run(source: RunSource) -> Iterator[str]:
             for tower, axes in info.get("grids", {}).items()
         )
     yield "written by: " + ", ".join(f"{name} {number}" for name, number in info.get("versions", {}).items())
-    reader = Reader(source.path)
-    state = {name: tensor for name, tensor in reader.infos.items() if name not in source.infos}
-    has_checksums = reader.has_checksums
-    reader.close()
+    state = {name: tensor for name, tensor in source.reader.infos.items() if name not in source.infos}
     if state:
         yield f"optimizer ({info.get('optimizer')}): {len(state)} tensors, {_sizes(state)}"
-    yield "checksums: " + ("CRC-32 of every record; --verify reads them all" if has_checksums else "none")
+    yield "checksums: " + ("CRC-32 of every record; --verify reads them all" if source.reader.has_checksums else "none")
     what = run_contents(source.path, source.infos)
     yield from _model(what, source.infos)
     unexplained = [name for name in source.infos if name not in ours.shapes(what)]
@@ -134,14 +129,10 @@ def _run(source: RunSource) -> Iterator[str]:
 
 
 def _verified(source: TensorSource) -> Iterator[str]:
-    reader: Any = Reader(source.path) if isinstance(source, RunSource) else source
-    try:
-        finite = Finite(reader)
-        for name in finite.infos:
-            finite.read(name)
-    finally:
-        reader.close()
-    held = ", as their checksums say" if isinstance(source, RunSource) and reader.has_checksums else ""
+    finite = Finite(source.reader if isinstance(source, RunSource) else source)
+    for name in finite.infos:
+        finite.read(name)
+    held = ", as their checksums say" if isinstance(source, RunSource) and source.reader.has_checksums else ""
     yield f"verified: {len(finite.infos)} tensors read, all finite{held}"
 
 

@@ -31,23 +31,27 @@ def run_contents(checkpoint: Path, infos: Mapping[str, TensorInfo] | None = None
 
 
 class RunSource:
-    """The weights of a checkpoint, without optimizer; of a run, of its newest. A `TensorSource`."""
+    """The weights of a checkpoint, without optimizer; of a run, of its newest. A `TensorSource`.
+
+    Attributes:
+        reader: of all that the checkpoint holds.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises:
         CheckpointError: no finished checkpoint there, or a damaged one.
         """
         self.path = layout.find_checkpoint(path)
-        self._reader = Reader(self.path)
-        self.infos: Mapping[str, TensorInfo] = self._reader.weights
+        self.reader = Reader(self.path)
+        self.infos: Mapping[str, TensorInfo] = self.reader.weights
 
     def read(self, name: str) -> Tensor:
         """See `TensorSource.read`."""
-        return self._reader.read(name)
+        return self.reader.read(name)
 
     def close(self) -> None:
         """See `TensorSource.close`."""
-        self._reader.close()
+        self.reader.close()
 
 
 class RunSink:
