@@ -153,10 +153,22 @@ class AugmentSection(Section):
     horizontal_flip: float = Field(0.0, ge=0.0, le=1.0)
 
 
+class PhaseSection(Section):
+    """A part of the run with data of its own; weights, optimizer and learning rate go on from the phase before."""
+
+    samples: int = Field(gt=0, description="of this phase; all phases together are train.total_samples")
+    train: tuple[str, ...] = Field(description="shards, as data.train")
+    patch_dropout: float | None = Field(None, ge=0.0, lt=1.0, description="None: as model.vision.patch_dropout")
+    frames: int = Field(
+        1, ge=1, description="above 1: samples are videos; a clip's embedding is the mean of so many frames'"
+    )
+
+
 class DataSection(Section):
     """Shards of (jpg|png|webp, txt, json) samples."""
 
     train: tuple[str, ...] = Field((), description="shard paths, globs or {000..999} ranges")
+    phases: tuple[PhaseSection, ...] = Field((), description="in place of `train`: one after the other")
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     num_workers: int = Field(0, ge=0, description="decoding processes on each rank; 0 decodes in the trainer")
     shuffle_buffer: int = Field(2048, ge=1, description="samples, on each worker")
@@ -182,6 +194,11 @@ class AxesSection(Section):
     recompute: Literal["none", "selective", "full"] | PositiveInt = Field(
         "none",
         description="activations computed again in backward: of attention, all layers, or the first N of a stage",
+    )
+    tp_comm_overlap: bool = Field(
+        False,
+        description="Transformer Engine overlaps tp transfers with matrix products; needs CUDA, tp > 1 and "
+        "sequence_parallel",
     )
 
     @field_validator("recompute", mode="before")
@@ -217,8 +234,16 @@ class OptimSection(Section):
     """Optimizer and schedule; rates are per step at the given global batch."""
 
     name: Literal["adamw", "lamb"] = "adamw"
+    lamb: Literal["eva", "lamb"] = Field(
+        "eva",
+        description="of name=lamb; eva: DeepSpeed's FusedLamb, which trained EVA-CLIP; lamb: the paper's algorithm",
+    )
     vision: TowerOptimSection
     text: TowerOptimSection | None = Field(None, description="None: as vision")
+    frozen: tuple[Literal["vision", "text"], ...] = Field((), description="towers that are not trained (LiT: [vision])")
+    ema_decay: float | None = Field(
+        None, gt=0.0, lt=1.0, description="of an average of the weights, kept and evaluated beside them; None: none"
+    )
     logit_scale_lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-6
@@ -228,15 +253,74 @@ class OptimSection(Section):
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="cosine ends at this share of the peak")
 
 
+class Fp8Section(Section):
+    """FP8 matrix products in the linears of the transformer layers, as Transformer Engine's recipes define them.
+
+    Parameters and everything else are bf16. Evaluation and a teacher's pass are bf16 too.
+    """
+
+    recipe: Literal["delayed", "current", "mxfp8", "blockwise"] = Field(
+        "delayed",
+        description="where scales come from: earlier steps' largest values; the tensor's own; a power of two for each "
+        "32 values (Blackwell); one for each 1x128 or 128x128 block (Hopper, Blackwell)",
+    )
+    format: Literal["hybrid", "e4m3"] = Field("hybrid", description="hybrid: E4M3 forward, E5M2 for gradients")
+    amax_history: int = Field(1024, ge=1, description="of recipe=delayed: optimizer steps that a scale looks back on")
+    amax_compute: Literal["max", "most_recent"] = Field("max", description="of recipe=delayed: which of them counts")
+    margin: int = Field(0, description="of recipe=delayed: scales are 2^margin smaller")
+    linears: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj", "fc1", "fc2")
+    min_features: int = Field(
+        0, ge=0, description="linears with fewer input or output features on a rank stay bf16; they gain nothing"
+    )
+    first_layers_bf16: int = Field(1, ge=0, description="of each tower")
+    last_layers_bf16: int = Field(1, ge=0, description="of each tower")
+    rehearse: bool = Field(
+        False, description="allow a CPU, which emulates the FP8 products (slowly); no effect on a GPU"
+    )
+
+
+class Fp16Section(Section):
+    """Dynamic loss scale of train.precision=fp16."""
+
+    initial_scale: float = Field(65536.0, ge=1.0, description="EVA-02's DeepSpeed setting, as the window")
+    growth_interval: int = Field(500, ge=1, description="steps without overflow after which the scale doubles")
+    min_scale: float = Field(1.0, gt=0.0, description="an overflow at this scale stops the run")
+
+
+class SpikeGuardSection(Section):
+    """What happens to a step whose loss or gradient norm stands out of the steps before it."""
+
+    action: Literal["skip", "roll_back"] = Field(
+        "skip", description="skip: no update; roll_back: to the last checkpoint, going on with the data after the spike"
+    )
+    window: int = Field(100, ge=2, description="accepted steps whose median is the measure; none is judged before")
+    loss_ratio: float | None = Field(2.0, gt=1.0, description="a spike is a loss above this times the median")
+    grad_norm_ratio: float | None = Field(10.0, gt=1.0, description="or a gradient norm above this times the median")
+    max_spikes: int = Field(10, ge=1, description="so many without `window` accepted steps between stop the run")
+
+
 class TrainSection(Section):
     """Length and batch of a run."""
 
     total_samples: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
     micro_batch_size: int | None = Field(None, description="samples of one rank in one pass; None: all at once")
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    fp8: Fp8Section = Field(Fp8Section(), description="of precision=fp8")
+    fp16: Fp16Section = Field(Fp16Section(), description="of precision=fp16")
+    spike_guard: SpikeGuardSection | None = Field(None, description="None: every finite step counts")
     log_every_steps: int = Field(10, ge=1)
     timeout_minutes: float = Field(10.0, gt=0.0, description="a collective that waits longer ends the job")
+
+    @property
+    def parameter_precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Dtype of parameters and activations; FP8 is a matter of the linears."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
+    def fp8_in_use(self) -> Fp8Section | None:
+        """The section, when precision=fp8."""
+        return self.fp8 if self.precision == "fp8" else None
 
     @property
     def total_steps(self) -> int:

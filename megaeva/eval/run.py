@@ -70,7 +70,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
             cfg.model,
             vision_grid=grids["vision"],
             text_grid=grids["text"],
-            precision=cfg.train.precision,
+            precision=cfg.train.parameter_precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
         )

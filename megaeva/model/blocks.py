@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megaeva.config.schema import TextSection, VisionSection
+from megaeva.config.schema import Fp8Section, TextSection, VisionSection
 from megaeva.config.topology import virtual_stages
 from megaeva.model.layer import Pass
 from megaeva.model.layer_specs import LayerSpec, block_spec
@@ -25,7 +25,12 @@ class Blocks(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, section: VisionSection | TextSection, grid: Grid, layer_spec: LayerSpec
+        self,
+        config: TransformerConfig,
+        section: VisionSection | TextSection,
+        grid: Grid,
+        layer_spec: LayerSpec,
+        fp8: Fp8Section | None = None,
     ) -> None:
         super().__init__(config)
         stages = virtual_stages(grid.axes, section.num_layers)
@@ -35,7 +40,7 @@ class Blocks(MegatronModule):
         # In a list, which registers nothing: their own names count layers from 0 in each chunk.
         self._chunks: list[TransformerBlock] = []
         for numbers in stages[grid.pp_rank :: grid.pp_size]:
-            spec = block_spec(section, layer_spec, numbers)
+            spec = block_spec(section, layer_spec, numbers, grid.tp_size, fp8)
             chunk = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=grid.groups)
             self._chunks.append(chunk)
             self.layers.update({str(number): layer for number, layer in zip(numbers, chunk.layers, strict=True)})

@@ -1,11 +1,13 @@
 """Two towers and a temperature."""
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megaeva.config.schema import LogitScaleSection, ModelSection
+from megaeva.config.schema import Fp8Section, LogitScaleSection, ModelSection
 from megaeva.data.batch import Batch
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
@@ -85,13 +87,13 @@ def build_clip(
     precision: Precision = "fp32",
     layer_spec: LayerSpec = "local",
     device: torch.device | str = "cpu",
+    fp8: Fp8Section | None = None,
 ) -> CLIPModel:
     """Returns the model with uninitialised tower weights (`init_weights` or a checkpoint fills them).
 
     All ranks must call it. The logit scale is fp32 whatever the precision.
     """
-    vision = VisionTower(
-        cfg.vision, cfg.embed_dim, grid=vision_grid, precision=precision, layer_spec=layer_spec, device=device
-    )
-    text = TextTower(cfg.text, cfg.embed_dim, grid=text_grid, precision=precision, layer_spec=layer_spec, device=device)
+    shared: dict[str, Any] = {"precision": precision, "layer_spec": layer_spec, "device": device, "fp8": fp8}
+    vision = VisionTower(cfg.vision, cfg.embed_dim, grid=vision_grid, **shared)
+    text = TextTower(cfg.text, cfg.embed_dim, grid=text_grid, **shared)
     return CLIPModel(vision, text, LogitScale(cfg.logit_scale, device=device))

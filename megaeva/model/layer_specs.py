@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from megaeva.config.schema import TextSection, VisionSection
+from megaeva.config.fp8 import Fp8Linear, in_fp8
+from megaeva.config.schema import Fp8Section, TextSection, VisionSection
 from megaeva.model.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
 from megaeva.model.attributes import mark_sharded
 from megaeva.model.layer import PostNormLayer, PreNormLayer
@@ -23,9 +24,9 @@ from megaeva.model.norm import Norm, ShardedNorm
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.platform import require_transformer_engine
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 LayerSpec = Literal["local", "te"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def tower_config(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         cuda_graph_scope=[],  # the default's deprecated spelling warns in every process
         # "CPU initialisation" only leaves the device to torch.device(...) around the constructor; init.py sets weights.
         use_cpu_initialization=layer_spec == "local",
@@ -123,18 +125,34 @@ def final_norm(config: TransformerConfig, layer_spec: LayerSpec) -> Any:
 
 
 def block_spec(
-    section: VisionSection | TextSection, layer_spec: LayerSpec, numbers: Sequence[int]
+    section: VisionSection | TextSection,
+    layer_spec: LayerSpec,
+    numbers: Sequence[int],
+    tp_size: int = 1,
+    fp8: Fp8Section | None = None,
 ) -> TransformerBlockSubmodules:
     """Returns the layers with these numbers (from 0 in the whole tower), no final norm: the towers have their own."""
-    part = parts(layer_spec)
+    layers = [_layer_spec(section, parts(layer_spec), number, tp_size, fp8) for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=layers)
+
+
+def _layer_spec(
+    section: VisionSection | TextSection, part: Parts, number: int, tp_size: int, fp8: Fp8Section | None
+) -> ModuleSpec:
     vision = section if isinstance(section, VisionSection) else None
+
+    def linear(kind: type, name: Fp8Linear) -> type | ModuleSpec:
+        if fp8 is None or not in_fp8(section, tp_size, fp8, number, name):
+            return kind
+        return ModuleSpec(module=kind, params={"fp8": fp8})
+
     attention = ModuleSpec(
         module=SelfAttention,
         params={"qkv_bias": vision.qkv_bias if vision else "qkv"},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=part.column,
+            linear_qkv=linear(part.column, "qkv"),
             core_attention=ModuleSpec(module=CoreAttention, params={"causal": vision is None}),
-            linear_proj=part.row,
+            linear_proj=linear(part.row, "proj"),
             inner_norm=ShardedNorm if vision and vision.sub_ln_attention else None,
         ),
     )
@@ -142,8 +160,8 @@ def block_spec(
         module=MLP,
         params={"activation": section.activation},
         submodules=MLPSubmodules(
-            linear_fc1=part.column,
-            linear_fc2=part.row,
+            linear_fc1=linear(part.column, "fc1"),
+            linear_fc2=linear(part.row, "fc2"),
             inner_norm=ShardedNorm if vision and vision.sub_ln_mlp else None,
         ),
     )
@@ -154,12 +172,8 @@ def block_spec(
         mlp=mlp,
         cross_attention=IdentityOp,
     )
-    layers = [
-        ModuleSpec(
-            module=PostNormLayer if vision and vision.norm_position == "post" else PreNormLayer,
-            params={"drop_path": vision.drop_path if vision else 0.0, "number": number},
-            submodules=submodules,
-        )
-        for number in numbers
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers)
+    return ModuleSpec(
+        module=PostNormLayer if vision and vision.norm_position == "post" else PreNormLayer,
+        params={"drop_path": vision.drop_path if vision else 0.0, "number": number},
+        submodules=submodules,
+    )

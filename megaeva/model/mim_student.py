@@ -7,7 +7,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megaeva.config.schema import VisionSection
+from megaeva.config.schema import Fp8Section, VisionSection
 from megaeva.data.batch import Batch
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.layer_specs import LayerSpec, Precision
@@ -35,6 +35,7 @@ class MIMStudent(MegatronModule):
         layer_spec: LayerSpec = "local",
         device: torch.device | str = "cpu",
         stop_grad_patch_embed: float = 1.0,
+        fp8: Fp8Section | None = None,
     ) -> None:
         """Builds the student on `device`; all ranks of `grid` must.
 
@@ -42,7 +43,9 @@ class MIMStudent(MegatronModule):
             teacher_dim: width of the teacher's joint embedding, the target.
             stop_grad_patch_embed: share of the gradient that reaches the patch embedding (EVA-02: 0.1).
         """
-        vision = VisionTower(cfg, embed_dim=None, grid=grid, precision=precision, layer_spec=layer_spec, device=device)
+        vision = VisionTower(
+            cfg, embed_dim=None, grid=grid, precision=precision, layer_spec=layer_spec, device=device, fp8=fp8
+        )
         super().__init__(vision.config)
         self.model_type = ModelType.encoder_or_decoder
         self.stop_grad_patch_embed = stop_grad_patch_embed

@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megaeva.config.schema import TextSection
+from megaeva.config.schema import Fp8Section, TextSection
 from megaeva.model.attributes import mark_rest_replicated, mark_sharded
 from megaeva.model.blocks import Blocks
 from megaeva.model.layer_specs import LayerSpec, Precision, final_norm, tower_config
@@ -31,6 +31,7 @@ class TextTower(MegatronModule):
         precision: Precision = "fp32",
         layer_spec: LayerSpec = "local",
         device: torch.device | str = "cpu",
+        fp8: Fp8Section | None = None,
     ) -> None:
         """Builds the tower on `device`; all ranks of `grid` must. It has no pipeline stages."""
         assert grid.pp_size == 1
@@ -52,7 +53,7 @@ class TextTower(MegatronModule):
                 )
                 mark_sharded(self.token_embedding.weight, 0)
             self.pos_embed = nn.Parameter(torch.empty(cfg.context_length, cfg.hidden_size, dtype=dtype))
-            self.blocks = Blocks(config, cfg, grid, layer_spec)
+            self.blocks = Blocks(config, cfg, grid, layer_spec, fp8)
             self.norm = final_norm(config, layer_spec)
             self.head = nn.Linear(cfg.hidden_size, embed_dim, bias=False, dtype=dtype)
         mark_rest_replicated(self)

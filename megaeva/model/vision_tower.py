@@ -5,7 +5,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megaeva.config.schema import VisionSection
+from megaeva.config.schema import Fp8Section, VisionSection
 from megaeva.model.attributes import mark_rest_replicated
 from megaeva.model.blocks import Blocks
 from megaeva.model.layer_specs import LayerSpec, Precision, final_norm, parts, tower_config
@@ -32,11 +32,13 @@ class VisionTower(MegatronModule):
         precision: Precision = "fp32",
         layer_spec: LayerSpec = "local",
         device: torch.device | str = "cpu",
+        fp8: Fp8Section | None = None,
     ) -> None:
         """Builds the tower on `device`; all ranks of `grid` must.
 
         Args:
             embed_dim: width of the joint embedding; None: no head.
+            fp8: of the linears of the layers, on top of precision="bf16"; None: none.
         """
         config = tower_config(cfg, grid, precision, layer_spec)
         super().__init__(config)
@@ -51,7 +53,7 @@ class VisionTower(MegatronModule):
                 self.pos_embed = nn.Parameter(torch.empty(1, cfg.num_patches + 1, width, dtype=dtype))
                 norm = parts(layer_spec).norm
                 self.ln_pre = norm(config=config, hidden_size=width, eps=cfg.norm_epsilon) if cfg.ln_pre else None
-            self.blocks = Blocks(config, cfg, grid, layer_spec)
+            self.blocks = Blocks(config, cfg, grid, layer_spec, fp8)
             if grid.is_last_stage:
                 self.norm = final_norm(config, layer_spec)
                 self.head = None if embed_dim is None else nn.Linear(width, embed_dim, cfg.head_bias, dtype=dtype)

@@ -41,7 +41,7 @@ def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimize
 
 
 def _mcore_config(cfg: Config) -> OptimizerConfig:
-    bf16 = cfg.train.precision == "bf16"
+    bf16 = cfg.train.parameter_precision == "bf16"
     return OptimizerConfig(
         optimizer="adam",
         lr=cfg.optim.vision.lr,

@@ -107,7 +107,7 @@ def holdings(cfg: Config, world_size: int) -> dict[str, list[Holding]]:
 def _spreads(cfg: Config) -> tuple[dict[str, _Spread], list[str]]:
     """Every module of a step, and what has to be said about those that could not be built."""
     model, axes = cfg.model, step_axes(cfg)
-    built: dict[str, Any] = {"grid": grid_of_one(), "precision": cfg.train.precision, "device": "meta"}
+    built: dict[str, Any] = {"grid": grid_of_one(), "precision": cfg.train.parameter_precision, "device": "meta"}
     if cfg.task == "contrastive":
         vision = VisionTower(model.vision, model.embed_dim, **built)
         text = TextTower(model.text, model.embed_dim, **built)

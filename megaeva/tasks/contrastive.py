@@ -39,9 +39,10 @@ class Contrastive:
             cfg.model,
             vision_grid=self.grids["vision"],
             text_grid=self.grids["text"],
-            precision=cfg.train.precision,
+            precision=cfg.train.parameter_precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
+            fp8=cfg.train.fp8_in_use,
         )
         set_recompute(self.model.vision, cfg.parallel.vision.recompute)
         set_recompute(self.model.text, cfg.parallel.text.recompute)

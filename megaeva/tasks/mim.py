@@ -47,10 +47,11 @@ class MIM:
             cfg.model.vision,
             teacher_dim,
             grid=self.grids["student"],
-            precision=cfg.train.precision,
+            precision=cfg.train.parameter_precision,
             layer_spec=runtime.layer_spec,
             device=runtime.device,
             stop_grad_patch_embed=cfg.mim.stop_grad_patch_embed,
+            fp8=cfg.train.fp8_in_use,
         )
         set_recompute(self.student.vision, cfg.parallel.vision.recompute)
         init_weights(self.student, seed=cfg.seed, task="mim", grid=self.grids["student"])
@@ -84,7 +85,7 @@ class MIM:
             section.vision,
             section.embed_dim,
             grid=self.grids["teacher"],
-            precision=cfg.train.precision,
+            precision=cfg.train.parameter_precision,
             layer_spec=self.runtime.layer_spec,
             device=self.runtime.device,
         )

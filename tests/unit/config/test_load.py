@@ -155,7 +155,7 @@ MISTAKES = {
     "out of range": (RECIPE, ("optim.vision.lr=0",), ["optim.vision.lr=0", "must be above 0"]),
     "not finite": (RECIPE, ("optim.weight_decay=.nan",), ["optim.weight_decay=.nan", "finite"]),
     "too large": (RECIPE, ("optim.weight_decay=1e999",), ["optim.weight_decay=1e999", "finite"]),
-    "unknown choice": (RECIPE, ("train.precision=fp16",), ["train.precision=fp16", "fp32 or bf16", "use"]),
+    "unknown choice": (RECIPE, ("train.precision=fp4",), ["train.precision=fp4", "bf16", "use"]),
     "missing key": (RECIPE.replace("run_dir: runs/x\n", ""), (), ["run_dir (in ", "r.yaml:1", "is missing", "add it"]),
     "missing lr": (RECIPE.replace("{lr: 1e-3}", "{}"), (), ["optim.vision.lr (in ", "r.yaml:6", "is missing"]),
     "unknown variant": (
