@@ -12,8 +12,8 @@ ALL = sorted(RECIPES.glob("*.yaml"))
 LOOPS = [path for path in ALL if "\nrounds:" in path.read_text(encoding="utf-8")]
 # Processes of the published run, or of the demo.
 WORLD = {
-    "clip_eva02_B_16": 64, "clip_eva02_L_14": 128, "clip_eva02_E_14_plus": 144, "clip_eva_8B": 384, "clip_eva_18B": 360,
-    "mim_eva01_g_14": 128, "mim_eva02_B": 32, "mim_eva02_L_14": 64, "mim_eva_8B": 512, "mim_eva_18B": 512,
+    "clip_eva02_b16": 64, "clip_eva02_l14": 128, "clip_eva02_e14plus": 144, "clip_eva_8b": 384, "clip_eva_18b": 360,
+    "mim_eva01_g14": 128, "mim_eva02_b": 32, "mim_eva02_l14": 64, "mim_eva_8b": 512, "mim_eva_18b": 512,
     "demo_teacher": 2, "demo_mim": 2, "demo_clip": 2,
 }  # fmt: skip
 
