@@ -13,9 +13,8 @@ from megaeva.config import dump
 from megaeva.config.schema import Config
 from megaeva.config.validate import check_world
 from megaeva.data.batch import Batch
-from megaeva.data.loader import Loader
+from megaeva.data.phases import PhasedLoader
 from megaeva.data.preflight import preflight
-from megaeva.data.shards import expand_shards
 from megaeva.errors import CheckpointError, FeatureError, UserError
 from megaeva.eval.run import format_results
 from megaeva.observability.record import RunRecord, manifest
@@ -56,7 +55,7 @@ class Trainer:
         grid = self.task.grid
         with together("opening the data"):
             data_report = preflight(cfg, None if newest else grid.dp_size) if runtime.is_main else ""
-            self.loader = Loader(
+            self.loader = PhasedLoader(
                 cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
             )
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
@@ -78,8 +77,9 @@ class Trainer:
                 # Only now that nothing was refused: a mistake must leave a finished run as it was.
                 (self.run_dir / "finished.json").unlink(missing_ok=True)
                 dump(cfg, self.run_dir / "config.yaml")
-                shards = expand_shards(cfg.data.train)
-                made_with = manifest(world_size=runtime.world_size, shards=shards, starts=starts)
+                made_with = manifest(
+                    world_size=runtime.world_size, shards=self.loader.shards, phases=self.loader.phases, starts=starts
+                )
                 self.record.write_json("manifest.json", made_with)
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
@@ -183,6 +183,7 @@ class Trainer:
         """Record the step's figures when they are due."""
         if self.next_step % self.cfg.train.log_every_steps == 0 or self.next_step == self.cfg.train.total_steps:
             waited, memory = self.loader.wait_seconds, self.runtime.memory_gib()
+            figures = figures | self.loader.figures
             self.record.step(self.next_step, figures, waited_seconds=waited, memory_gib=memory)
 
     def evaluate(self) -> None:

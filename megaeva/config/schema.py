@@ -168,6 +168,9 @@ class DataSection(Section):
     """Shards of (jpg|png|webp, txt, json) samples."""
 
     train: tuple[str, ...] = Field((), description="shard paths, globs or {000..999} ranges")
+    frames: int = Field(
+        1, ge=1, description="above 1: samples are videos; a clip's embedding is the mean of so many frames'"
+    )
     phases: tuple[PhaseSection, ...] = Field((), description="in place of `train`: one after the other")
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     num_workers: int = Field(0, ge=0, description="decoding processes on each rank; 0 decodes in the trainer")

@@ -10,6 +10,7 @@ from math import gcd
 from typing import TypeVar
 
 from megaeva.config.layout import LAYOUT_RULES, teacher_problems
+from megaeva.config.phases import PHASE_RULES
 from megaeva.config.problem import Problem, divisors
 from megaeva.config.schema import Config, LoopConfig, Section, TextSection, VisionSection
 from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
@@ -155,11 +156,6 @@ def _vocabulary(cfg: Config) -> Iterator[Problem]:
 # ---------------------------------------------------------------------------------------------- data and schedule
 
 
-def _train_data(cfg: Config) -> Iterator[Problem]:
-    if not cfg.data.train:
-        yield Problem("data.train", "must name at least one shard", 'e.g. data.train=["data/emoji/train/*.tar"]')
-
-
 def _eval_data(cfg: Config) -> Iterator[Problem]:
     sets = {f"eval.retrieval.{k}": v.shards for k, v in cfg.eval.retrieval.items()}
     sets |= {f"eval.zero_shot.{k}": v.shards for k, v in cfg.eval.zero_shot.items()}
@@ -214,7 +210,7 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
-    _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, _train_data, _eval_data, _augment, _optimizer, _warmup,
+    _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _warmup,
     _micro_batch, _saving,
 )  # fmt: skip
 

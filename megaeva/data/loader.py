@@ -32,7 +32,7 @@ from megaeva.errors import DataError, UserError
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 2  # of each worker
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 _States = dict[str, dict[str, Any]]  # by `stream_name`; of streams that have given a sample
 
@@ -164,8 +164,19 @@ class Loader:
         wait_seconds: time the caller has spent waiting in `next`, in total.
     """
 
-    def __init__(self, cfg: Config, *, data_rank: int, data_size: int, num_patches: int) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        data_rank: int,
+        data_size: int,
+        num_patches: int,
+        streams: tuple[int, int] | None = None,
+    ) -> None:
         """Finds the shards; nothing is read before the first batch.
+
+        Args:
+            streams: rows and turns of the run that this is a later phase of; None: of a run that starts.
 
         Raises:
             DataError: shards are missing or empty.
@@ -174,11 +185,17 @@ class Loader:
         self._on_gpu = cfg.data.decoder != "pillow" and gpu_index(cfg.platform) is not None
         # On a GPU the decoding threads are DALI's; one turn feeds them.
         turns = 1 if self._on_gpu else max(1, cfg.data.num_workers)
-        self._spec = Spec(cfg, shards, data_rank, data_size, num_patches, rows=data_size, turns=turns)
+        rows, turns = streams or (data_size, turns)
+        self._spec = Spec(cfg, shards, data_rank, data_size, num_patches, rows=rows, turns=turns)
         self._states: _States = {}
         self._next_turn = 0
         self._items: Iterator[_Item] | None = None
         self.wait_seconds = 0.0
+
+    @property
+    def streams(self) -> tuple[int, int]:
+        """Rows and turns of the run, fixed when it starts (see `Spec`)."""
+        return self._spec.rows, self._spec.turns
 
     @property
     def dropped(self) -> Counter[str]:

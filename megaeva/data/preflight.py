@@ -1,8 +1,9 @@
-"""A look at the first shard before anything expensive starts."""
+"""A look at the first shard, of each phase, before anything expensive starts."""
 
 from collections import Counter
 from itertools import islice
 
+from megaeva.config.phases import run_phases
 from megaeva.config.schema import Config
 from megaeva.data.builder import check_enough_shards, describe_broken, read_caption
 from megaeva.data.decode_pillow import BrokenImage, open_image
@@ -14,7 +15,8 @@ _CAPTION_LENGTH = 80  # characters shown
 
 
 def preflight(cfg: Config, data_size: int | None) -> str:
-    """Two lines on the training data: shards and what the first one holds; one usable sample.
+    """Two lines on the training data: shards and what the first one holds; one usable sample. For a run with
+    `data.phases` those of each phase under a line on it.
 
     Opens the first shard and reads at most 64 of its samples, headers only. One rank is enough to call it.
 
@@ -25,6 +27,20 @@ def preflight(cfg: Config, data_size: int | None) -> str:
         DataError: a shard is missing or empty, there are fewer than workers, or none of these samples can be used for
             the task; then the counts by reason and the members found are named.
     """
+    lines: list[str] = []
+    for phase in run_phases(cfg):
+        if phase.title:
+            lines.append(phase.line())
+        try:
+            lines += _look_at_shards(phase.cfg, data_size)
+        except DataError as error:
+            if not phase.title:
+                raise
+            raise DataError(f"{phase.key}: {error}") from error
+    return "\n".join(lines)
+
+
+def _look_at_shards(cfg: Config, data_size: int | None) -> list[str]:
     paths = expand_shards(cfg.data.train)
     if data_size is not None:
         check_enough_shards(len(paths), data_size, max(1, cfg.data.num_workers))
@@ -49,12 +65,11 @@ def preflight(cfg: Config, data_size: int | None) -> str:
             "`megaeva data folder IN OUT`"
         )
     sample, width, height, caption = usable[0]
-    lines = [
+    return [
         f"data: {len(paths)} shards, first {paths[0]}; members: {found}; "
         + (f"of {len(usable) + reasons.total()} samples broken: {counts}" if reasons else "no broken sample"),
         f"      {sample.name}: {width} x {height} pixels, {_shorten(caption)}",
     ]
-    return "\n".join(lines)
 
 
 def _needs_caption(cfg: Config) -> bool:

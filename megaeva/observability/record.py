@@ -100,8 +100,10 @@ class RunRecord:
             self._metrics.close()
 
 
-def manifest(*, world_size: int, shards: Sequence[Path], starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a run was made with: versions, machine, git commit, command, shards with sizes, sources of weights."""
+def manifest(
+    *, world_size: int, shards: Sequence[Path], phases: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a run was made with: versions, machine, commit, command, shards with sizes, phases, sources of weights."""
     return {
         "command": sys.argv,
         "git_commit": _git_commit(),
@@ -111,6 +113,7 @@ def manifest(*, world_size: int, shards: Sequence[Path], starts: Sequence[dict[s
         "world_size": world_size,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "shards": {str(path): path.stat().st_size for path in shards},
+        "phases": list(phases),
         "starts": list(starts),
     }
 

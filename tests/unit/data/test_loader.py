@@ -292,7 +292,7 @@ def test_a_position_of_another_run_is_refused(
     state = open_loader(cfg).state_dict()
     with pytest.raises(DataError, match=named):
         open_loader(change(cfg, shards)).load_state_dicts([state])
-    with pytest.raises(DataError, match="of version 1; this megaeva reads version 2"):
+    with pytest.raises(DataError, match="of version 1; this megaeva reads version 3"):
         open_loader(cfg).load_state_dicts([state | {"version": 1}])
 
 
