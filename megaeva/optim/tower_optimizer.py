@@ -5,10 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
+
+from megaeva.optim.loss_scale import LossScale
 
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter, fp32 and of its shape: the main copy and two moments."""
@@ -47,39 +51,99 @@ def main_state(optimizer: MegatronOptimizer, parameter: Any) -> dict[str, Tensor
 
 
 class TowerOptimizers(ChainedOptimizer):
-    """One mcore optimizer for each trained tower, stepped together.
+    """One mcore optimizer for each trained tower, stepped together: `prepare`, then `update` or `drop`.
 
     Attributes:
         num_steps: updates made so far; Adam's t.
+        scale: what the loss must be multiplied by before backward, of fp16; else None.
     """
 
-    def __init__(self, optimizers: Mapping[str, MegatronOptimizer], parameters: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(
+        self,
+        optimizers: Mapping[str, MegatronOptimizer],
+        parameters: Mapping[str, Sequence[Tensor]],
+        scale: LossScale | None = None,
+    ) -> None:
         super().__init__(list(optimizers.values()))
         self.optimizers = dict(optimizers)
         self.parameters = {tower: list(values) for tower, values in parameters.items()}
         self.num_steps = 0
+        self.scale = scale
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next step is to be multiplied by before backward; 1 but for fp16."""
+        return 1.0 if self.scale is None else self.scale.value
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float]:
-        """Update all towers from their reduced gradients; returns (updated, gradient norm). All ranks call it.
+    def prepare(self) -> float:
+        """Make the reduced gradients ready, divided by the loss scale; returns their norm. All ranks call it.
 
-        The norm is over both towers and every rank, before clipping, each parameter counted once. Gradients are scaled
-        by clip_grad_norm / (norm + 1e-6) when that is below 1. A norm that is not finite leaves everything untouched.
+        The norm is over both towers and every rank, before clipping, each parameter counted once. In fp16 it also sets
+        the loss scale of the next step.
         """
-        self.prepare_grads()
-        norm = float(self.get_grad_norm())
-        if not math.isfinite(norm):
-            self.zero_grad()
-            return False, norm
-        if self.config.clip_grad > 0.0:
-            for optimizer in self.chained_optimizers:
-                if parameters := optimizer.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
-        self.step_with_ready_grads()
+        overflowed = self.prepare_grads()
+        norm = math.inf if overflowed else float(self.get_grad_norm())
+        if self.scale is not None:
+            self.scale.settle(not math.isfinite(norm))
+        return norm
+
+    @torch.no_grad()
+    def update(self, norm: float, *, measure: bool = False) -> dict[str, float]:
+        """Step all towers with the prepared gradients, of that norm, which must be finite. All ranks call it.
+
+        Gradients are scaled by clip_grad_norm / (norm + 1e-6) when that is below 1.
+
+        Args:
+            measure: return {"grad_norm/<tower>": before clipping, "update_rms/<tower>": the root of the mean square of
+                what all its parameters changed by, in the fp32 main copies}. Cost: a copy of one tower's main
+                parameters at a time, and one all-reduce of three numbers a tower. False: returns nothing.
+        """
+        sums = []
+        for optimizer in self.chained_optimizers:
+            counted = _counted_once(optimizer) if measure else []
+            square = _square_sum([p.grad for p in counted if p.grad is not None]) if measure else 0.0
+            if self.config.clip_grad > 0.0 and (parameters := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
+            changes = [p.detach().clone() for p in counted]
+            optimizer.step_with_ready_grads()
+            if measure:
+                for change, parameter in zip(changes, counted, strict=True):
+                    change -= parameter
+                group = optimizer.get_grad_stats_parallel_group()
+                # Ranks outside of the group that the norm is summed over hold the same.
+                share = 1.0 if group is None else group.size() / dist.get_world_size()
+                numel = sum(change.numel() for change in changes)
+                sums.append([share * x for x in (square, _square_sum(changes), numel)])
         self.num_steps += 1
-        # mcore's plain optimizers left .grad pointing into DDP's buffer; the next backward pass would add it twice.
+        self.drop()
+        return self._figures(sums) if measure else {}
+
+    def drop(self) -> None:
+        """Forget the gradients of a step. mcore's plain optimizers leave .grad pointing into DDP's buffer; the next
+        backward pass would add it twice."""
         self.zero_grad()
+
+    def step(self) -> tuple[bool, float]:
+        """`prepare` and, if the norm is finite, `update`; returns (updated, norm). A norm that is not finite leaves
+        everything untouched but fp16's loss scale. All ranks call it."""
+        norm = self.prepare()
+        if not math.isfinite(norm):
+            self.drop()
+            return False, norm
+        self.update(norm)
         return True, norm
+
+    def _figures(self, sums: list[list[float]]) -> dict[str, float]:
+        device = self.get_loss_scale().device
+        total = torch.tensor(sums, dtype=torch.float64, device=device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        figures = {}
+        for tower, (square, change, numel) in zip(self.optimizers, total.tolist(), strict=True):
+            figures[f"grad_norm/{tower}"] = math.sqrt(square)
+            figures[f"update_rms/{tower}"] = math.sqrt(change / numel)
+        return figures
 
     def held_state(self, tower: str) -> list[HeldState]:
         """This rank's state of a tower's parameters, by reference: checkpoints are written from it and read into it.
@@ -102,6 +166,16 @@ class TowerOptimizers(ChainedOptimizer):
         for optimizer in self.optimizers.values():
             set_num_steps(optimizer.optimizer, num_steps)
         self.num_steps = num_steps
+
+
+def _counted_once(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """The main parameters of this rank without those that another tensor-parallel rank holds as well and counts."""
+    group = optimizer.tp_group
+    return [p for p in optimizer.get_parameters() if param_is_not_tensor_parallel_duplicate(p, group)]
+
+
+def _square_sum(tensors: Sequence[Tensor]) -> float:
+    return math.fsum(torch.stack([t.square().sum() for t in tensors]).tolist()) if tensors else 0.0
 
 
 def init_state(optimizer: torch.optim.Optimizer) -> None:
