@@ -150,6 +150,35 @@ def _overlap(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _transfer_overlap(cfg: Config) -> Iterator[Problem]:
+    name, axes = ("text", cfg.parallel.text) if cfg.task == "contrastive" else ("teacher", cfg.parallel.teacher)
+    if axes.tp_comm_overlap:
+        reason = {"text": "captions end with a batch's longest", "teacher": "the teacher has no backward pass"}[name]
+        yield Problem(
+            f"parallel.{name}.tp_comm_overlap",
+            f"must be false: Transformer Engine has buffers of one shape for one tower, and {reason}",
+            "set parallel.vision.tp_comm_overlap=true alone, or remove it",
+        )
+    key, vision = "parallel.vision.tp_comm_overlap", cfg.parallel.vision
+    if not vision.tp_comm_overlap:
+        return
+    if vision.tp == 1 or not vision.sequence_parallel:
+        yield Problem(
+            key,
+            f"needs parallel.vision.tp above 1, it is {vision.tp}, and parallel.vision.sequence_parallel=true",
+            "set both, or remove it",
+        )
+    if cfg.platform == "cpu":
+        yield Problem(key, "must be false with platform=cpu: it is Transformer Engine's, on GPUs", "remove it")
+    if cfg.train.precision == "fp8" and cfg.train.fp8.recipe == "blockwise":
+        yield Problem(
+            key,
+            "must be false with train.fp8.recipe=blockwise, which Transformer Engine's buffers do not take",
+            "remove it, or use train.fp8.recipe=delayed, current or mxfp8",
+        )
+
+
 LAYOUT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_tp, _text_tp, _whole_towers, _stages, _layers_per_stage, _recompute, _second_tower_of_the_task, _overlap,
+    _transfer_overlap,
 )  # fmt: skip

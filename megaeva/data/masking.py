@@ -47,10 +47,15 @@ def _add_block(rng: np.random.Generator, covered: NDArray[np.bool_], most: int, 
     return 0
 
 
+def num_kept(num_patches: int, patch_dropout: float) -> int:
+    """How many patches survive dropout: max(1, int(N * (1 - patch_dropout)))."""
+    return max(1, int(num_patches * (1 - patch_dropout)))
+
+
 def keep_indices(rng: np.random.Generator, num_patches: int, patch_dropout: float) -> NDArray[np.int64]:
-    """The patches that survive dropout, int64 [K], distinct, in random order; K = max(1, int(N * (1 - patch_dropout))).
+    """The patches that survive dropout, int64 [`num_kept`], distinct, in random order.
 
     Source: open_clip's PatchDropout (top K of a normal draw for each patch); cls is not counted and always kept.
     """
-    num_kept = max(1, int(num_patches * (1 - patch_dropout)))
-    return np.argsort(-rng.standard_normal(num_patches))[:num_kept].astype(np.int64)
+    kept = num_kept(num_patches, patch_dropout)
+    return np.argsort(-rng.standard_normal(num_patches))[:kept].astype(np.int64)

@@ -35,7 +35,10 @@ class SelfAttentionSubmodules:
 class CoreAttention(nn.Module):
     """`ops.attention`; mcore's DotProductAttention has no CPU path and materialises the scores."""
 
-    def __init__(self, causal: bool, num_heads: int) -> None:
+    def __init__(
+        self, causal: bool, num_heads: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        """`num_heads` on this rank; the rest is for what stands in its place."""
         super().__init__()
         self.causal, self.num_heads = causal, num_heads
 
@@ -76,7 +79,9 @@ class SelfAttention(MegatronModule):
             self.v_bias = nn.Parameter(torch.empty(width // tp_size, dtype=config.params_dtype))
             mark_sharded(self.q_bias, 0)
             mark_sharded(self.v_bias, 0)
-        self.core_attention = build_module(submodules.core_attention, num_heads=self.num_heads)
+        self.core_attention = build_module(
+            submodules.core_attention, num_heads=self.num_heads, config=config, pg_collection=pg_collection
+        )
         self.inner_norm = build_inner_norm(submodules.inner_norm, config, width, pg_collection)
         self.linear_proj = build_module(submodules.linear_proj, width, config.hidden_size, bias=True, **shared)
 

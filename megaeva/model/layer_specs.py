@@ -1,4 +1,4 @@
-"""From a recipe's tower section to Megatron-core's config and specs; the only place that knows Transformer Engine."""
+"""From a recipe's tower section to Megatron-core's config and specs, on plain PyTorch or on Transformer Engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +11,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor
 
 from megaeva.config.fp8 import Fp8Linear, in_fp8
 from megaeva.config.schema import Fp8Section, TextSection, VisionSection
 from megaeva.model.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
-from megaeva.model.attributes import mark_sharded
 from megaeva.model.layer import PostNormLayer, PreNormLayer
 from megaeva.model.linear import ColumnLinear, RowLinear
 from megaeva.model.mlp import MLP, MLPSubmodules
@@ -26,67 +24,38 @@ from megaeva.parallel.platform import require_transformer_engine
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LayerSpec = Literal["local", "te"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Linears and norm of a layer spec."""
+    """Linears, norm and attention of a layer spec."""
 
     column: type
     row: type
     norm: type
+    attention: type
 
 
 def parts(layer_spec: LayerSpec) -> Parts:
-    """Returns plain PyTorch parts ("local") or Transformer Engine's ("te", CUDA only).
+    """Returns plain PyTorch parts ("local") or Transformer Engine's ("te", CUDA only); parameters are alike.
 
     Raises:
         UserError: "te" without a working Transformer Engine.
     """
     if layer_spec == "local":
-        return Parts(ColumnLinear, RowLinear, Norm)
+        return Parts(ColumnLinear, RowLinear, Norm, CoreAttention)
     require_transformer_engine()
-    from megatron.core.extensions.transformer_engine import (  # only here: it needs CUDA
-        TEColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
+    from megaeva.model import transformer_engine as te
 
-    class TransformerEngineColumn(TEColumnParallelLinear):
-        """TE's column linear with this project's calling convention."""
-
-        def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
-            shared = {"gather_output": False, "skip_bias_add": False, "is_expert": False}
-            super().__init__(*args, **shared, **kwargs)
-            mark_sharded(self.weight, 0, stride)
-            if kwargs["bias"]:
-                mark_sharded(self.bias, 0, stride)
-
-        def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            out = super().forward(x)[0]
-            return out if bias is None else out + bias
-
-    class TransformerEngineRow(TERowParallelLinear):
-        """TE's row linear with this project's calling convention."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            shared = {"input_is_parallel": True, "skip_bias_add": False, "is_expert": False}
-            super().__init__(*args, **shared, **kwargs)
-            mark_sharded(self.weight, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = super().forward(x)[0]
-            return out
-
-    return Parts(TransformerEngineColumn, TransformerEngineRow, TENorm)
+    return Parts(te.TransformerEngineColumn, te.TransformerEngineRow, te.TENorm, te.TransformerEngineAttention)
 
 
 def tower_config(
     section: VisionSection | TextSection, grid: Grid, precision: Precision, layer_spec: LayerSpec
 ) -> TransformerConfig:
     """Returns Megatron-core's config of a tower: sizes, parallel axes, dtype; all dropout and fusion off."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     norm = section.norm if isinstance(section, VisionSection) else "layernorm"
     gated = section.activation == "swiglu"
     return TransformerConfig(
@@ -104,6 +73,7 @@ def tower_config(
         bias_activation_fusion=False,
         tensor_model_parallel_size=grid.tp_size,
         sequence_parallel=grid.sequence_parallel,
+        tp_comm_overlap=_overlaps(grid, layer_spec),
         # Whatever grid.pp_size is: `Blocks` cuts the stages. mcore's own arithmetic knows no uneven virtual stages and
         # asks parallel_state, which does not exist here.
         pipeline_model_parallel_size=1,
@@ -116,6 +86,15 @@ def tower_config(
         use_cpu_initialization=layer_spec == "local",
         perform_initialization=False,
     )
+
+
+def _overlaps(grid: Grid, layer_spec: LayerSpec) -> bool:
+    """Whether the tower's linears overlap tp transfers: asked for, and the buffers are there, as in a training run."""
+    if not grid.axes.tp_comm_overlap or layer_spec == "local":
+        return False
+    from megaeva.model.transformer_engine import overlap_started
+
+    return overlap_started()
 
 
 def final_norm(config: TransformerConfig, layer_spec: LayerSpec) -> Any:
@@ -131,7 +110,16 @@ def block_spec(
     tp_size: int = 1,
     fp8: Fp8Section | None = None,
 ) -> TransformerBlockSubmodules:
-    """Returns the layers with these numbers (from 0 in the whole tower), no final norm: the towers have their own."""
+    """Returns the layers with these numbers (from 0 in the whole tower), no final norm: the towers have their own.
+
+    Raises:
+        UserError: "te" without a working Transformer Engine, or with `fp8` that this GPU cannot.
+    """
+    if fp8 is not None and layer_spec == "te":
+        require_transformer_engine()
+        from megaeva.model.transformer_engine import check_chip
+
+        check_chip(fp8)
     layers = [_layer_spec(section, parts(layer_spec), number, tp_size, fp8) for number in numbers]
     return TransformerBlockSubmodules(layer_specs=layers)
 
@@ -141,17 +129,18 @@ def _layer_spec(
 ) -> ModuleSpec:
     vision = section if isinstance(section, VisionSection) else None
 
-    def linear(kind: type, name: Fp8Linear) -> type | ModuleSpec:
-        if fp8 is None or not in_fp8(section, tp_size, fp8, number, name):
-            return kind
-        return ModuleSpec(module=kind, params={"fp8": fp8})
+    def linear(kind: type, name: Fp8Linear) -> ModuleSpec:
+        params: dict[str, Any] = {"tp_comm_buffer_name": name}
+        if fp8 is not None and in_fp8(section, tp_size, fp8, number, name):
+            params["fp8"] = fp8
+        return ModuleSpec(module=kind, params=params)
 
     attention = ModuleSpec(
         module=SelfAttention,
         params={"qkv_bias": vision.qkv_bias if vision else "qkv"},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear(part.column, "qkv"),
-            core_attention=ModuleSpec(module=CoreAttention, params={"causal": vision is None}),
+            core_attention=ModuleSpec(module=part.attention, params={"causal": vision is None}),
             linear_proj=linear(part.row, "proj"),
             inner_norm=ShardedNorm if vision and vision.sub_ln_attention else None,
         ),

@@ -47,3 +47,21 @@ def first_token(hidden_SBD: Tensor, grid: Grid) -> Tensor:
         hidden_SBD[:1], tensor_parallel_output_grad=False, group=grid.groups.tp
     )
     return first[0]
+
+
+def pad_runs(x_SBX: Tensor, runs: int, multiple: int) -> Tensor:
+    """Returns the rows of `x_SBX` as [R, X], each of its `runs` equal parts with zeros up to a multiple of rows.
+
+    What needs no padding is returned as it is, [S, B, X]. The parts are the tokens of one tp rank each.
+    """
+    run = x_SBX.shape[0] * x_SBX.shape[1] // runs
+    padding = -run % multiple
+    if not padding:
+        return x_SBX
+    return F.pad(x_SBX.reshape(runs, run, -1), (0, 0, 0, padding)).flatten(0, 1)
+
+
+def unpad_runs(x_RX: Tensor, runs: int, length: int, batch: int) -> Tensor:
+    """Returns [length, batch, X] without the rows that `pad_runs` put behind each of `runs` parts."""
+    run = length * batch // runs
+    return x_RX.unflatten(0, (runs, -1))[:, :run].reshape(length, batch, -1)

@@ -121,6 +121,14 @@ def choose(platform: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     return platform
 
 
+def chip() -> str:
+    """The name of this process's GPU and its compute capability, for messages; "a CPU" where there is none."""
+    if not torch.cuda.is_available():
+        return "a CPU"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+
+
 def host_memory(tensor: Tensor) -> Tensor:
     """Host memory for a tensor's values, contiguous; of a GPU's tensor page-locked, as `copier_to_host` wants it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
