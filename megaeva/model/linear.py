@@ -3,20 +3,33 @@
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
+from megaeva.config.schema import Fp8Section
 from megaeva.model.attributes import mark_sharded
+from megaeva.model.fp8 import EmulatedFp8
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Linear whose output features are cut over tp. `stride` 2: the weight is a gated [w1; w2]."""
+    """Linear whose output features are cut over tp. `stride` 2: the weight is a gated [w1; w2].
 
-    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+    With `fp8` it multiplies in emulated FP8 while it is in training mode; what goes between ranks is not quantised.
+    """
+
+    def __init__(self, *args: Any, stride: int = 1, fp8: Fp8Section | None = None, **kwargs: Any) -> None:
         super().__init__(*args, stride=stride, **kwargs)
         # mcore marks a weight only while it initialises it; ours are initialised by init.py.
         mark_sharded(self.weight, 0, stride)
         self._alone = self.tp_group is None or self.tp_group.size() == 1
+        self.fp8 = None if fp8 is None else EmulatedFp8(fp8)
 
     def forward(self, input_: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Returns this rank's features of x W^T + bias; `bias` (this rank's piece) stands in for an own one.
@@ -24,29 +37,53 @@ class ColumnLinear(ColumnParallelLinear):
         Under sequence parallelism `input_` is this rank's tokens and the output has those of all.
         """
         bias = self.bias if bias is None else bias
+        if self.fp8 is not None and self.training:
+            return self.fp8(self._whole(input_), self.weight, bias)
         if self._alone and not self.gradient_accumulation_fusion:
             # One addmm where mcore's autograd function multiplies, adds, and sums the bias gradient apart.
             return F.linear(input_, self.weight, bias)
         output = super().forward(input_)[0]
         return output if bias is None or self.bias is not None else output + bias
 
+    def _whole(self, input_: Tensor) -> Tensor:
+        """The input of all tokens; its gradient is summed over tp."""
+        if self._alone:
+            return input_
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+
 
 class RowLinear(RowParallelLinear):
     """Linear whose input features are cut over tp; the output is summed over tp, its bias added once.
 
     Under sequence parallelism mcore marks that bias: each rank adds it to its own tokens, so its gradients are shares.
+    `fp8` as in `ColumnLinear`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fp8: Fp8Section | None = None, **kwargs: Any) -> None:
         super().__init__(*args, input_is_parallel=True, skip_bias_add=False, **kwargs)
         mark_sharded(self.weight, 1)
         self._alone = self.tp_group is None or self.tp_group.size() == 1
+        self.fp8 = None if fp8 is None else EmulatedFp8(fp8)
 
     def forward(self, input_: Tensor) -> Tensor:
         """Returns x W^T + bias, the same on all tp ranks; under sequence parallelism each gets its own tokens."""
+        if self.fp8 is not None and self.training:
+            return self._in_fp8(input_, self.fp8)
         if self._alone and not self.gradient_accumulation_fusion:
             return F.linear(input_, self.weight, self.bias)
         return super().forward(input_)[0]
+
+    def _in_fp8(self, input_: Tensor, fp8: EmulatedFp8) -> Tensor:
+        if self._alone:
+            return fp8(input_, self.weight, self.bias)
+        share = fp8(input_, self.weight, None)
+        if self.sequence_parallel:
+            out = reduce_scatter_to_sequence_parallel_region(share, group=self.tp_group)
+        else:
+            out = reduce_from_tensor_model_parallel_region(share, group=self.tp_group)
+        return out if self.bias is None else out + self.bias
 
 
 def no_init(weight: nn.Parameter) -> None:
