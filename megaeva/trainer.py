@@ -10,6 +10,7 @@ from typing import NoReturn
 from megaeva.checkpoint.background import Saves
 from megaeva.checkpoint.store import CheckpointStore
 from megaeva.config import dump
+from megaeva.config.fp8 import fp8_line
 from megaeva.config.schema import Config
 from megaeva.config.validate import check_world
 from megaeva.data.batch import Batch
@@ -17,6 +18,7 @@ from megaeva.data.phases import PhasedLoader
 from megaeva.data.preflight import preflight
 from megaeva.errors import CheckpointError, FeatureError, UserError
 from megaeva.eval.run import format_results
+from megaeva.model.fp8 import fp8_figures, fp8_step, require_fp8
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel import watch
@@ -48,6 +50,7 @@ class Trainer:
     def __init__(self, cfg: Config, runtime: Runtime, *, resume: bool, recipe_changes: list[str]) -> None:
         self.cfg, self.runtime = cfg, runtime
         check_world(cfg, runtime.world_size)
+        require_fp8(cfg.train.fp8_in_use, runtime.layer_spec)
         self.run_dir = Path(cfg.run_dir)
         self.store = CheckpointStore(self.run_dir, cfg.save.keep)
         newest = self._open_run_folder(resume)
@@ -84,7 +87,8 @@ class Trainer:
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
-        for line in [*recipe_changes, *topology, *from_where, data_report, *resumed]:
+        fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
+        for line in [*recipe_changes, *topology, *([fp8] if fp8 else []), *from_where, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:
@@ -120,7 +124,8 @@ class Trainer:
         step, seed = self.next_step, self.cfg.seed
         rates = self.learning_rate.set(step)
         try:
-            loss = self.task.step(batch, lambda microbatch: seed_pass(seed, step, microbatch)).item()
+            with fp8_step(self.task.towers, self.cfg.train.fp8_in_use, self.runtime.layer_spec):
+                loss = self.task.step(batch, lambda microbatch: seed_pass(seed, step, microbatch)).item()
         except FeatureError as error:  # raised on every rank
             self._stop_on(str(error), batch)
         if not math.isfinite(loss):
@@ -183,7 +188,7 @@ class Trainer:
         """Record the step's figures when they are due."""
         if self.next_step % self.cfg.train.log_every_steps == 0 or self.next_step == self.cfg.train.total_steps:
             waited, memory = self.loader.wait_seconds, self.runtime.memory_gib()
-            figures = figures | self.loader.figures
+            figures = figures | self.loader.figures | fp8_figures(self.task.towers)
             self.record.step(self.next_step, figures, waited_seconds=waited, memory_gib=memory)
 
     def evaluate(self) -> None:

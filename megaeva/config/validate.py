@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 from typing import TypeVar
 
+from megaeva.config.fp8 import FP8_RULES
 from megaeva.config.layout import LAYOUT_RULES, teacher_problems
 from megaeva.config.phases import PHASE_RULES
 from megaeva.config.problem import Problem, divisors
@@ -211,7 +212,7 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
     _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _warmup,
-    _micro_batch, _saving,
+    _micro_batch, _saving, *FP8_RULES,
 )  # fmt: skip
 
 
