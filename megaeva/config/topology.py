@@ -5,6 +5,7 @@ Ranks are numbered tp fastest, then pp, then dp. So a tower of tp x pp = M has i
 
 from math import lcm
 
+from megaeva.config.problem import divisors
 from megaeva.config.schema import AxesSection, Config
 
 
@@ -52,14 +53,18 @@ def data_ranks(axes: AxesSection, world_size: int) -> int:
     return world_size // (axes.tp * axes.pp)
 
 
-def microbatches(cfg: Config, axes: AxesSection, world_size: int) -> tuple[int, int]:
+def microbatches(cfg: Config, axes: AxesSection, world_size: int, frames: int = 1) -> tuple[int, int]:
     """(samples of the largest, passes) of one data rank of the tower on `axes`: its share of the global batch in parts.
 
     As few parts as train.micro_batch_size allows (null: one), alike to one sample. For the vision tower `check_world`
-    has seen to it that the key divides the share.
+    has seen to it that the key divides the share. The key counts images: of videos, a sample is `frames` of them, and
+    the parts shrink, still of one size, to hold no more images than before, or to one sample.
     """
     share = cfg.train.global_batch_size // data_ranks(axes, world_size)
     passes = -(-share // (cfg.train.micro_batch_size or share))
+    if frames > 1 and cfg.train.micro_batch_size is not None:
+        most = max(cfg.train.micro_batch_size, frames)
+        passes = next(n for n in divisors(share) if n % passes == 0 and share // n * frames <= most)
     return -(-share // passes), passes
 
 

@@ -14,7 +14,8 @@ class Batch:
     """The samples of a data block for one optimizer step, or a slice of them.
 
     Attributes:
-        image_BCHW: fp32, normalised with the CLIP mean and deviation.
+        image_BCHW: fp32, normalised with the CLIP mean and deviation. Of videos, the F frames of a sample are F rows in
+            the order of time, and likewise those of keep_BK.
         keys: sample keys, "shard-name/sample-key", for error messages and resume tests.
         token_BL: int64 token ids padded with 0; None in MIM.
         mask_BN: bool, True where the student sees the mask token; None outside MIM. Rows may differ in count.
@@ -29,6 +30,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def frames(self) -> int:
+        """Images of a sample: 1, or above it for videos."""
+        return len(self.image_BCHW) // len(self)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -64,4 +70,8 @@ class Batch:
         base, larger = divmod(len(self), number)
         cuts = [part * base + min(part, larger) for part in range(number + 1)]
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return [replace(self, **{n: v[i:j] for n, v in values.items()}) for i, j in itertools.pairwise(cuts)]
+        rows = {name: len(value) // len(self) for name, value in values.items()}  # of a sample
+        return [
+            replace(self, **{name: value[i * rows[name] : j * rows[name]] for name, value in values.items()})
+            for i, j in itertools.pairwise(cuts)
+        ]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaeva.config.schema import Config
+from megaeva.config.schema import Config, DataSection
 from megaeva.data.batch import Batch
 from megaeva.data.decode import Decoder, EncodedImage
 from megaeva.data.decode_pillow import BrokenImage, open_image
@@ -19,6 +19,7 @@ from megaeva.data.masking import block_mask, keep_indices
 from megaeva.data.shards import Cursor, RawSample, SampleStream, ShardReader, sample_rng
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.data.transforms import Crop, train_crop
+from megaeva.data.video import MAX_VIDEO_FRAMES, EncodedVideo, VideoDecoder, open_video
 from megaeva.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,11 @@ _CACHED_CAPTIONS = 1 << 16
 # What the short names that broken samples are counted by do not say themselves.
 _MEANINGS = {
     "bad_caption": "not UTF-8",
+    "changing_size": "the frames of a video differ in size",
     "damaged_shard": "the tar ends early",
     "decompression_bomb": "more pixels than data.max_image_pixels",
+    "long_video": f"more than {MAX_VIDEO_FRAMES} frames; cut it into clips",
+    "truncated_video": "fewer frames than its header says",
     "unsafe_name": "a member that is absolute, has `..` or is a link",
     "unsupported_mode": "no 8-bit image",
 }
@@ -44,6 +48,24 @@ def describe_broken(by_reason: Counter[str], first: Mapping[str, Sequence[str]])
         meaning = f"{_MEANINGS[reason]}; " if reason in _MEANINGS else ""
         parts.append(f"{count} {reason} ({meaning}first: {', '.join(first[reason])})")
     return ", ".join(parts)
+
+
+def open_sample(sample: RawSample, data: DataSection) -> EncodedImage | EncodedVideo:
+    """The image or, with `data.frames` above 1, the video of `sample`, its header read.
+
+    Raises:
+        BrokenImage: the sample's own problem, "missing_image", "missing_video", or as of `open_image` or `open_video`.
+        UserError: a package that videos need is missing.
+    """
+    if sample.problem is not None:
+        raise BrokenImage(sample.problem)
+    if data.frames > 1:
+        if sample.video is None:
+            raise BrokenImage("missing_video")
+        return open_video(sample.video, data.max_image_pixels)
+    if sample.image is None:
+        raise BrokenImage("missing_image")
+    return open_image(sample.image, data.max_image_pixels)
 
 
 def read_caption(sample: RawSample) -> str:
@@ -127,7 +149,7 @@ class DropCount:
 
 class _Ready(NamedTuple):
     sample: RawSample
-    image: EncodedImage
+    image: EncodedImage | EncodedVideo
     crop: Crop
     caption: str | None
     rng: np.random.Generator
@@ -185,12 +207,12 @@ class Spec(NamedTuple):
 class Tools(NamedTuple):
     """What the streams of one process share."""
 
-    decoder: Decoder
+    decoder: Decoder | VideoDecoder
     reader: ShardReader
     tokens: CaptionTokens | None
 
 
-def make_tools(spec: Spec, decoder: Decoder, num_processes: int) -> Tools:
+def make_tools(spec: Spec, decoder: Decoder | VideoDecoder, num_processes: int) -> Tools:
     """`num_processes`: of this data block; they share MAX_CACHED_BYTES."""
     cfg = spec.cfg
     tokens = None
@@ -235,18 +257,13 @@ class _Stream:
                 self._epoch = epoch
             self.drops.seen += 1
             try:
-                if sample.problem is not None:
-                    raise BrokenImage(sample.problem)
-                if sample.image is None:
-                    raise BrokenImage("missing_image")
+                image = open_sample(sample, cfg.data)
                 caption = read_caption(sample) if self._needs_caption else None
-                image = open_image(sample.image, cfg.data.max_image_pixels)
             except BrokenImage as error:
                 self.drops.drop(sample.name, str(error))
                 continue
             rng = sample_rng(cfg.seed, epoch, sample.shard, sample.index)
-            width, height = image.header.size
-            crop = train_crop(rng, width, height, cfg.data.augment, cfg.model.vision.image_size)
+            crop = train_crop(rng, *image.size, cfg.data.augment, cfg.model.vision.image_size)
             return _Ready(sample, image, crop, caption, rng)
 
 
@@ -278,7 +295,8 @@ class BatchBuilder:
         num_images = 0
         while missing := [row for row in range(len(streams)) for _ in range(size - len(good[row]))]:
             waiting = [streams[row].next_ready() for row in missing]
-            decoded = self._tools.decoder.decode([r.image for r in waiting], [r.crop for r in waiting])
+            encoded: list[Any] = [ready.image for ready in waiting]  # of the kind that the decoder is for
+            decoded = self._tools.decoder.decode(encoded, [ready.crop for ready in waiting])
             images.append(decoded.image_BCHW)
             for place, (row, ready) in enumerate(zip(missing, waiting)):
                 if place in decoded.broken:
@@ -291,7 +309,8 @@ class BatchBuilder:
         places = [place for place, _ in kept]
         image_BCHW = images[0] if len(images) == 1 else torch.cat(images)
         if places != list(range(num_images)):
-            image_BCHW = image_BCHW[torch.tensor(places, device=image_BCHW.device)]
+            of_sample = image_BCHW.unflatten(0, (num_images, self._spec.cfg.data.frames))
+            image_BCHW = of_sample[torch.tensor(places, device=image_BCHW.device)].flatten(0, 1)
         return self._collate(image_BCHW, [ready for _, ready in kept])
 
     def _collate(self, image_BCHW: Tensor, samples: Sequence[_Ready]) -> Batch:
@@ -304,7 +323,9 @@ class BatchBuilder:
             masks = [block_mask(s.rng, self._grid, cfg.mim.mask).reshape(-1) for s in samples]
             mask_BN = torch.from_numpy(np.stack(masks))
         elif cfg.model.vision.patch_dropout > 0:
-            keeps = [keep_indices(s.rng, num_patches, cfg.model.vision.patch_dropout) for s in samples]
+            # Each frame of a video keeps patches of its own, as open_clip draws them for each row of a batch of images.
+            rngs = (s.rng for s in samples for _ in range(cfg.data.frames))
+            keeps = [keep_indices(rng, num_patches, cfg.model.vision.patch_dropout) for rng in rngs]
             keep_BK = torch.from_numpy(np.stack(keeps))
         return Batch(image_BCHW, tuple(s.sample.name for s in samples), token_BL, mask_BN, keep_BK)
 

@@ -21,6 +21,11 @@ class EncodedImage(NamedTuple):
     data: bytes
     header: Image.Image
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.header.size
+
 
 class Decoded(NamedTuple):
     """What a decoder made of a list of images.

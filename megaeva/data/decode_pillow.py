@@ -114,7 +114,7 @@ def _resize_fast(image: EncodedImage, crop: Crop) -> NDArray[np.uint8]:
     return pixel_HWC
 
 
-def _new_batch(num_images: int, size: int) -> Tensor:
+def new_batch(num_images: int, size: int) -> Tensor:
     """An empty fp32 `image_BCHW`; in a loader's worker in shared memory, so that it goes to the trainer uncopied."""
     image_BCHW = torch.empty(0)
     if get_worker_info() is not None:
@@ -139,7 +139,7 @@ class PillowDecoder:
     def decode(self, images: Sequence[EncodedImage], crops: Sequence[Crop]) -> Decoded:
         """Decodes `images` in order; see `decode.Decoder.decode`."""
         size = self._image_size
-        image_BCHW = _new_batch(len(images), size)
+        image_BCHW = new_batch(len(images), size)
         pixel_BCHW = image_BCHW.numpy()
         num_good = 0
         broken: dict[int, str] = {}

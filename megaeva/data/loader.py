@@ -24,15 +24,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
 from megaeva.data.builder import BatchBuilder, Spec, Tools, check_enough_shards, make_tools, stream_name
-from megaeva.data.decode import make_decoder
+from megaeva.data.decode import Decoder, make_decoder
 from megaeva.data.decode_dali import gpu_index
 from megaeva.data.shards import expand_shards
+from megaeva.data.video import VideoDecoder
 from megaeva.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 2  # of each worker
 _STATE_VERSION = 3
+_VIDEOS = "{} frames of each video are decoded by PyAV on the CPU (data.decoder is for images)"
 
 _States = dict[str, dict[str, Any]]  # by `stream_name`; of streams that have given a sample
 
@@ -80,10 +82,20 @@ class _WorkerItems(IterableDataset[_Item]):
         return _build_items(self._spec, lambda: self._tools(info.num_workers), self._states, turns)
 
     def _tools(self, num_workers: int) -> Tools:
-        cfg, batch_size = self._spec.cfg, self._spec.num_decoded
         # Never the GPU: it is the trainer's.
-        decoder = make_decoder(cfg.data.decoder, cfg.model.vision.image_size, batch_size=batch_size, platform="cpu")
-        return make_tools(self._spec, decoder, num_workers)
+        return make_tools(self._spec, _decoder(self._spec, platform="cpu"), num_workers)
+
+
+def _decoder(spec: Spec, **others: Any) -> Decoder | VideoDecoder:
+    """The decoder of images or, with `data.frames` above 1, of videos; `others`: as of `make_decoder`."""
+    cfg = spec.cfg
+    size = cfg.model.vision.image_size
+    if cfg.data.frames == 1:
+        return make_decoder(cfg.data.decoder, size, batch_size=spec.num_decoded, **others)
+    if others.get("log"):
+        logger.info(_VIDEOS.format(cfg.data.frames))
+    pixels, threads = cfg.data.max_image_pixels, others.get("num_threads", 1)
+    return VideoDecoder(size, cfg.data.frames, max_pixels=pixels, num_threads=threads)
 
 
 def _from_processes(spec: Spec, states: _States, first: int) -> Iterator[_Item]:
@@ -312,9 +324,11 @@ class Loader:
         if spec.rows != spec.data_size and spec.data_rank == 0:
             self._log_other_blocks()
         if spec.cfg.data.num_workers > 0 and not self._on_gpu:
-            log_decoder = spec.cfg.data.decoder if spec.cfg.data.decoder != "auto" else "pillow"
+            how = f"images are decoded by {'dali' if spec.cfg.data.decoder == 'dali' else 'pillow'}"
+            if spec.cfg.data.frames > 1:
+                how = _VIDEOS.format(spec.cfg.data.frames)
             if spec.data_rank == 0:
-                logger.info("images are decoded by %s in %d worker processes", log_decoder, spec.cfg.data.num_workers)
+                logger.info("%s in %d worker processes", how, spec.cfg.data.num_workers)
             return _from_processes(spec, self._states, self._next_turn)
         if spec.cfg.data.num_workers > 0:
             return _Thread(self._build_here)
@@ -337,12 +351,6 @@ class Loader:
 
     def _tools(self) -> Tools:
         cfg = self._spec.cfg
-        decoder = make_decoder(
-            cfg.data.decoder,
-            cfg.model.vision.image_size,
-            batch_size=self._spec.num_decoded,
-            platform=cfg.platform,
-            num_threads=max(1, cfg.data.num_workers),
-            log=self._spec.data_rank == 0,
-        )
+        threads, log = max(1, cfg.data.num_workers), self._spec.data_rank == 0
+        decoder = _decoder(self._spec, platform=cfg.platform, num_threads=threads, log=log)
         return make_tools(self._spec, decoder, 1)

@@ -5,9 +5,9 @@ from itertools import islice
 
 from megaeva.config.phases import run_phases
 from megaeva.config.schema import Config
-from megaeva.data.builder import check_enough_shards, describe_broken, read_caption
-from megaeva.data.decode_pillow import BrokenImage, open_image
-from megaeva.data.shards import IMAGE_EXTENSIONS, RawSample, expand_shards, read_shard
+from megaeva.data.builder import check_enough_shards, describe_broken, open_sample, read_caption
+from megaeva.data.decode_pillow import BrokenImage
+from megaeva.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, RawSample, expand_shards, read_shard
 from megaeva.errors import DataError
 
 _NUM_SAMPLES = 64
@@ -58,7 +58,8 @@ def _look_at_shards(cfg: Config, data_size: int | None) -> list[str]:
     counts = describe_broken(reasons, first_bad)
     found = ", ".join(f"{extension} x {n}" for extension, n in extensions.most_common()) or "none that are known"
     if not usable:
-        wanted = f"an image ({', '.join(IMAGE_EXTENSIONS)})" + (" and a txt caption" if _needs_caption(cfg) else "")
+        kind, known = ("a video", VIDEO_EXTENSIONS) if cfg.data.frames > 1 else ("an image", IMAGE_EXTENSIONS)
+        wanted = f"{kind} ({', '.join(known)})" + (" and a txt caption" if _needs_caption(cfg) else "")
         raise DataError(
             f"shard {paths[0]}: none of its first {reasons.total()} samples can be used: {counts}; members: {found}; "
             f"each sample must have {wanted} side by side under the same key; pack them again, e.g. with "
@@ -77,15 +78,11 @@ def _needs_caption(cfg: Config) -> bool:
 
 
 def _look_at(sample: RawSample, cfg: Config) -> tuple[RawSample, int, int, str]:
-    if sample.problem is not None:
-        raise BrokenImage(sample.problem)
-    if sample.image is None:
-        raise BrokenImage("missing_image")
+    width, height = open_sample(sample, cfg.data).size
     if _needs_caption(cfg):
         caption = repr(read_caption(sample))
     else:
         caption = "captions are not used"
-    width, height = open_image(sample.image, cfg.data.max_image_pixels).header.size
     return sample, width, height, caption
 
 

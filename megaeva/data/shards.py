@@ -29,7 +29,8 @@ from webdataset.tariterators import base_plus_ext
 from megaeva.errors import DataError
 
 IMAGE_EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
-_READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
+VIDEO_EXTENSIONS: tuple[str, ...] = ("mp4", "webm", "mkv", "mov", "avi")
+_READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json"))
 _MAX_MEMBER_BYTES = 256 * 2**20  # a sparse member of a few bytes can claim terabytes
 _EMPTY_CHECKED_SHARDS = 10_000  # beyond this a stat of each file takes too long on a network file system
 
@@ -125,7 +126,7 @@ class RawSample:
         shard: file name of the shard.
         key: path of the members without their extension.
         index: place in the shard, counted from 0 over everything that `read_shard` gives.
-        files: content by lower-case extension; only images, txt and json.
+        files: content by lower-case extension; only images, videos, txt and json.
         problem: why it cannot be used, or None.
     """
 
@@ -144,6 +145,11 @@ class RawSample:
     def image(self) -> bytes | None:
         """The encoded image, or None."""
         return next((self.files[e] for e in IMAGE_EXTENSIONS if e in self.files), None)
+
+    @property
+    def video(self) -> bytes | None:
+        """The encoded video, or None."""
+        return next((self.files[e] for e in VIDEO_EXTENSIONS if e in self.files), None)
 
 
 def read_shard(path: Path) -> Iterator[RawSample]:
