@@ -46,6 +46,7 @@ class Part(Generic[Sample]):
         num_stage_tokens: S of the hidden states between stages, before it is cut over tp.
         embed_dim: width of the output rows.
         first_index: number of the first microbatch in the global batch, for the seeds.
+        rows_per_sample: B of the hidden states between stages, for each sample of a microbatch.
         send: called with this rank's rows of a global step as soon as they are known, before the next part runs.
     """
 
@@ -55,6 +56,7 @@ class Part(Generic[Sample]):
     num_stage_tokens: int
     embed_dim: int
     first_index: int = 0
+    rows_per_sample: int = 1
     send: Callable[[Tensor], None] | None = None
 
     @property
@@ -238,7 +240,7 @@ def _run(
         model=chunks,
         num_microbatches=num_microbatches,
         seq_length=part.num_stage_tokens,
-        micro_batch_size=len(part.batches[0]),  # type: ignore[arg-type]
+        micro_batch_size=len(part.batches[0]) * part.rows_per_sample,  # type: ignore[arg-type]
         forward_only=not with_gradients,
         collect_non_loss_data=not with_gradients,
         p2p_communicator=P2PCommunicator(grid.groups.pp, config) if grid.pp_size > 1 else None,

@@ -119,7 +119,7 @@ class Contrastive:
 
     def _vision_part(self, batch: Batch) -> Part[Batch]:
         grid = self.vision.grid
-        batches = own_microbatches(batch, grid, self.grid, self.cfg)
+        batches = own_microbatches(batch, grid, self.grid, self.cfg, batch.frames)
         return Part(
             self.vision,
             batches,
@@ -127,14 +127,18 @@ class Contrastive:
             num_stage_tokens=self.model.vision.num_stage_tokens(batch.keep_BK),
             embed_dim=self.cfg.model.embed_dim,
             first_index=len(batches) * grid.dp_rank,
+            rows_per_sample=batch.frames,
         )
 
     def _vision_forward(self, part: Batch, hidden: Tensor | None, chunk: int) -> Tensor:
         # Only the first stage looks at images, and only one microbatch of them is on the device at a time.
         image_BCHW = part.image_BCHW.to(self.runtime.device, non_blocking=True) if hidden is None else None
         keep_BK = None if part.keep_BK is None else part.keep_BK.to(self.runtime.device, non_blocking=True)
-        image_BE: Tensor = self.vision.ddp(image_BCHW, keep_BK, hidden=hidden, chunk=chunk)
-        return image_BE
+        out: Tensor = self.vision.ddp(image_BCHW, keep_BK, hidden=hidden, chunk=chunk)
+        if part.frames == 1 or not self.model.vision.blocks.is_last(chunk):
+            return out
+        # EVA-CLIP-18B: a clip is the mean of its frames' embeddings. Before they are normalised: upstream unconfirmed.
+        return out.unflatten(0, (len(part), part.frames)).mean(1)
 
     def after_step(self) -> dict[str, float]:
         """Clamp the logit scale to [0, max]; EVA does so after every step."""
