@@ -11,49 +11,64 @@ from torch import Tensor
 
 from megaeva.config.schema import Config, OptimSection
 from megaeva.optim.lamb import Lamb, ShardMap
-from megaeva.optim.param_groups import param_groups
+from megaeva.optim.loss_scale import LossScale
+from megaeva.optim.param_groups import find_rule, param_groups
 from megaeva.optim.schedule import LearningRate
 from megaeva.optim.tower_optimizer import TowerOptimizers, init_state, main_state
+from megaeva.parallel.collectives import together
 from megaeva.parallel.grid import Grid
 from megaeva.parallel.shards import is_sharded
 from megaeva.parallel.wrap import Tower
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimizers, LearningRate]:
     """The optimizer of all trained towers, and the schedule that sets its rates. All ranks call it together.
 
     Load weights into the towers before: main parameters are copied from them here. A tower without a trained parameter
-    (a frozen logit scale) has no optimizer. mcore's own builder is not used, as it knows neither LAMB nor layer decay.
+    (optim.frozen, model.logit_scale.trainable) has no optimizer. mcore's own builder is not used, as it knows neither
+    LAMB nor layer decay.
 
     Where a tower is wrapped for it (`Tower.sharded_optimizer`) each data-parallel rank updates its share (ZeRO-1).
-    Parameters in bf16 have an fp32 main copy, held by the optimizer.
+    Parameters in bf16 or fp16 have an fp32 main copy, held by the optimizer; of fp16, gradients are those of a scaled
+    loss.
+
+    Raises:
+        ParameterRuleError: on every rank: a parameter of some tower that the table of rules does not cover.
     """
+    with together("assigning learning rates"):
+        for tower in towers:
+            for name, _ in tower.module.named_parameters():
+                find_rule(name)
     config = _mcore_config(cfg)
+    scale = LossScale(cfg.train.fp16) if config.fp16 else None
     optimizers: dict[str, MegatronOptimizer] = {}
     parameters: dict[str, list[Tensor]] = {}
     for tower in towers:
         if not tower.trained:
             continue
         parameters[tower.name] = [p for p in tower.module.parameters() if p.requires_grad]
-        optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg)
-    optimizer = TowerOptimizers(optimizers, parameters)
+        optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg, scale)
+    optimizer = TowerOptimizers(optimizers, parameters, scale)
     return optimizer, LearningRate(optimizer, cfg)
 
 
 def _mcore_config(cfg: Config) -> OptimizerConfig:
-    bf16 = cfg.train.parameter_precision == "bf16"
+    precision = cfg.train.parameter_precision
     return OptimizerConfig(
         optimizer="adam",
         lr=cfg.optim.vision.lr,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype=_DTYPES[precision],
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         clip_grad=cfg.optim.clip_grad_norm or 0.0,
     )
 
 
 def _tower_optimizer(
-    tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, cfg: Config
+    tower: Tower, parameters: Sequence[Tensor], config: OptimizerConfig, cfg: Config, scale: LossScale | None
 ) -> MegatronOptimizer:
     named_parameters = tower.module.named_parameters()
     inner = _inner_optimizer(
@@ -65,7 +80,7 @@ def _tower_optimizer(
         wrapped = DistributedOptimizer(
             inner,
             config,
-            grad_scaler=None,
+            grad_scaler=scale,
             init_state_fn=None,
             model_chunks=[tower.ddp],
             per_model_buffers={0: tower.ddp.buffers},
@@ -76,8 +91,8 @@ def _tower_optimizer(
         )
         # The world: with this one group for all towers mcore adds up one norm over both.
         wrapped.grad_stats_parallel_group = None
-    elif config.bf16:
-        wrapped = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
+    elif config.bf16 or config.fp16:
+        wrapped = Float16OptimizerWithFloat16Params(inner, config, scale, lambda *_: None)
         wrapped.grad_stats_parallel_group = groups.mp
     else:
         wrapped = FP32Optimizer(inner, config, lambda *_: None)
@@ -100,7 +115,7 @@ def _num_blocks(tower: Tower, cfg: Config) -> int:
 def _inner_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch.optim.AdamW:
     """Decoupled weight decay in both; `fused` is one pass over memory, on CPU too."""
     if optim.name == "lamb":
-        return Lamb(groups, betas=optim.betas, eps=optim.epsilon)
+        return Lamb(groups, form=optim.lamb, betas=optim.betas, eps=optim.epsilon)
     return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.epsilon, fused=True)
 
 

@@ -1,13 +1,20 @@
-"""LAMB as EVA-CLIP was trained with it: DeepSpeed's FusedLamb, with a trust ratio of each whole tensor."""
+"""LAMB with the trust ratio of each whole tensor, however the tensors are cut: as EVA-CLIP used it, and the paper's."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import clip_grads
 from torch import Tensor
+from torch.optim.adam import adam
+
+_SCRATCH_NUMBERS = 1 << 24
+"""fp32 numbers (64 MiB) whose directions are computed at a time; a larger tensor takes its own size."""
+
+_MULTI_TENSOR_PACKAGES = {"transformer_engine": "Transformer Engine", "apex": "apex"}
 
 
 @dataclass(frozen=True)
@@ -30,39 +37,44 @@ class ShardMap:
 
 
 class Lamb(torch.optim.AdamW):
-    """Layer-wise adaptive moments. One step t = 1, 2, ... on a tensor p with gradient g:
+    """Layer-wise adaptive moments. One step t = 1, 2, ... on an fp32 tensor p with gradient g:
 
-        m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2            (not bias-corrected)
-        u = m / (sqrt(v) + eps) + weight_decay p
-        c = clip(|p| / |u|, 0.01, 10), or 1 if either norm is 0
-        p = p - lr sqrt(1 - b2^t) / (1 - b1^t) c u
+        m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 
-    The trust ratio c applies to every tensor, also at weight decay 0. Norms are of the whole tensor: with a `ShardMap`
-    the sums of squares of all pieces are added in fp64 over the ranks, one small vector a step; every rank must step.
-    DeepSpeed under ZeRO takes the norm of a rank's flat partition instead, so its ratio depends on the number of GPUs;
-    the formula is the same. Extra memory: one copy of this rank's parameters during the step.
+        form="eva"                                      form="lamb"
+        u = m / (sqrt(v) + eps) + weight_decay p        u = m' / (sqrt(v') + eps) + weight_decay p
+        c = clip(|p| / |u|, 0.01, 10)                   c = |p| / |u|
+        p = p - lr sqrt(1 - b2^t) / (1 - b1^t) c u      p = p - lr c u
 
-    It is a `torch.optim.AdamW` in its state only (exp_avg, exp_avg_sq), which mcore's distributed optimizer insists on.
+    with m' = m / (1 - b1^t), v' = v / (1 - b2^t), and c = 1 if either norm is 0. The trust ratio c applies to every
+    tensor, also at weight decay 0. Norms are of the whole tensor: with a `ShardMap` the sums of squares of all pieces
+    are added in fp64 over the ranks, in one small vector and one all-reduce a step; every rank must step. DeepSpeed
+    under ZeRO takes the norm of a rank's flat partition instead, so its ratio depends on the number of GPUs; the
+    formula is the same.
 
-    Source: DeepSpeed csrc/lamb/fused_lamb_cuda_kernel.cu, max_coeff 10 and min_coeff 0.01 as EVA-CLIP sets them
-    (shinji/training/distributed.py).
+    A step leaves u in the gradients. It is a `torch.optim.AdamW` in its state only (exp_avg, exp_avg_sq), which mcore's
+    distributed optimizer insists on.
+
+    Sources: eva: DeepSpeed csrc/lamb/fused_lamb_cuda_kernel.cu, max_coeff 10 and min_coeff 0.01 as EVA-CLIP sets them
+    (shinji/training/distributed.py). lamb: You et al. 2020, arXiv 1904.00962, algorithm 2 with phi the identity.
     """
 
-    min_trust_ratio = 0.01
-    max_trust_ratio = 10.0
+    eva_ratios = (0.01, 10.0)
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
+        form: Literal["eva", "lamb"] = "eva",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for group in self.param_groups:
             group["step"] = 0
+        self.form = form
         self.shard_map: ShardMap | None = None
 
     @torch.no_grad()
@@ -70,46 +82,49 @@ class Lamb(torch.optim.AdamW):
         """Update every parameter that has a gradient. All ranks of the shard map's group call it together."""
         assert closure is None, "closures are not supported"
         params: list[Tensor] = []
-        updates: list[Tensor] = []
         rates: list[float] = []
         for group in self.param_groups:
             group["step"] += 1
             here = [p for p in group["params"] if p.grad is not None]
             if not here:
                 continue
+            self._gradients_to_directions(here, group)
             (b1, b2), t = group["betas"], group["step"]
+            correction = math.sqrt(1.0 - b2**t) / (1.0 - b1**t) if self.form == "eva" else 1.0
             params += here
-            updates += self._directions(here, group)
-            rates += [group["lr"] * math.sqrt(1.0 - b2**t) / (1.0 - b1**t)] * len(here)
+            rates += [group["lr"] * correction] * len(here)
+        updates = _gradients(params)
         ratios = self._trust_ratios(params, updates)
         if params:
             torch._foreach_mul_(updates, [-rate * ratio for rate, ratio in zip(rates, ratios, strict=True)])
             torch._foreach_add_(params, updates)
 
-    def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """u of each parameter, moments updated in place."""
-        grads: list[Tensor] = []
-        first: list[Tensor] = []
-        second: list[Tensor] = []
+    def _gradients_to_directions(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Moments updated, and each gradient replaced by its u, without a copy of all parameters.
+
+        torch's fused Adam does it in one pass over memory, on CPU and CUDA: at rate -1 it adds the direction to zeros.
+        Its t only makes the bias corrections; at infinity there are none.
+        """
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            assert p.grad is not None
-            grads.append(p.grad)
-            first.append(state["exp_avg"])
-            second.append(state["exp_avg_sq"])
+            if not self.state[p]:
+                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         b1, b2 = group["betas"]
-        torch._foreach_mul_(first, b1)
-        torch._foreach_add_(first, grads, alpha=1.0 - b1)
-        torch._foreach_mul_(second, b2)
-        torch._foreach_addcmul_(second, grads, grads, 1.0 - b2)
-        denominators = list(torch._foreach_sqrt(second))
-        torch._foreach_add_(denominators, group["eps"])
-        updates = list(torch._foreach_div(first, denominators))
-        if group["weight_decay"] != 0.0:
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-        return updates
+        steps_before = group["step"] - 1.0 if self.form == "lamb" else math.inf
+        for chunk, directions in _with_scratch(params):
+            grads, states = _gradients(chunk), [self.state[p] for p in chunk]
+            adam(
+                directions,
+                grads,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                list(torch.full((len(chunk),), steps_before, device=chunk[0].device).unbind()),
+                fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=-1.0, weight_decay=0.0, eps=group["eps"],
+                maximize=False,
+            )  # fmt: skip
+            torch._foreach_copy_(grads, directions)
+            if group["weight_decay"] != 0.0:
+                torch._foreach_add_(grads, chunk, alpha=group["weight_decay"])
 
     def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> list[float]:
         """c of each parameter's whole tensor."""
@@ -127,15 +142,50 @@ class Lamb(torch.optim.AdamW):
         if shards.group is not None and shards.group.size() > 1:
             dist.all_reduce(sums, group=shards.group)
         p_norm, u_norm = sums.sqrt().unbind(dim=1)
-        ratio = (p_norm / u_norm).clamp(self.min_trust_ratio, self.max_trust_ratio)
+        ratio = p_norm / u_norm
+        if self.form == "eva":
+            ratio = ratio.clamp(*self.eva_ratios)
         ratios = torch.where((p_norm > 0) & (u_norm > 0), ratio, 1.0).tolist()
         return [ratios[shards.tensor_index[p]] for p in params]
 
 
+def multi_tensor_package() -> str | None:
+    """Whose multi-tensor kernels Megatron-core found: they take norms and clip gradients on CUDA. None: neither is
+    installed. PyPI's `apex` is another package; what counts is NVIDIA's `amp_C`."""
+    package = type(clip_grads.multi_tensor_applier).__module__.partition(".")[0]
+    return _MULTI_TENSOR_PACKAGES.get(package)
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _with_scratch(params: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The parameters a chunk at a time, and zeros of their shapes in memory that is used again for the next chunk."""
+    chunks: list[list[Tensor]] = [[]]
+    room = _SCRATCH_NUMBERS
+    for p in params:
+        if p.numel() > room and chunks[-1]:
+            chunks.append([])
+            room = _SCRATCH_NUMBERS
+        chunks[-1].append(p)
+        room -= p.numel()
+    size = max(sum(p.numel() for p in chunk) for chunk in chunks)
+    scratch = torch.empty(size, dtype=params[0].dtype, device=params[0].device)
+    for chunk in chunks:
+        sizes = [p.numel() for p in chunk]
+        zeros = scratch[: sum(sizes)].zero_().split(sizes)
+        yield chunk, [zero.view_as(p) for zero, p in zip(zeros, chunk, strict=True)]
+
+
 def _square_sums(tensors: list[Tensor]) -> Tensor:
     """The sum of squares of each, fp64."""
-    if tensors[0].is_cuda:
+    if not tensors[0].is_cuda:
+        # On a CPU `_foreach_norm` adds one number after the other in fp32: 2e-4 off at 8 M elements, so that a tensor's
+        # ratio would depend on how it is cut. `sum` adds pairwise.
+        return torch.stack([tensor.square().sum() for tensor in tensors]).double()
+    if multi_tensor_package() is None:
         return torch.stack(torch._foreach_norm(tensors)).double().square()
-    # On a CPU `_foreach_norm` adds one number after the other in fp32: 2e-4 off at 8 M elements, so that a tensor's
-    # ratio would depend on how it is cut. `sum` adds pairwise.
-    return torch.stack([tensor.float().square().sum() for tensor in tensors]).double()
+    overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
+    _, norms = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [tensors], True)
+    return norms.double().square()

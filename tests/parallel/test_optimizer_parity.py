@@ -1,10 +1,11 @@
-"""Clipped AdamW and LAMB steps of towers on one grid or on different ones equal one process and the formulas."""
+"""Clipped AdamW and LAMB steps of towers on one grid or on different ones equal one process, torch, timm, a formula."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from megaeva.parallel.runtime import Runtime
 from tests.helpers.spawn import run_ranks
 from tests.helpers.toy_towers import Axes, build_towers, compute_gradients, make_config, whole_weights
 
-STEPS = 3
+STEPS = 20
 NUM_LAYERS = 5
 CLIP = 1.6  # binds in some steps and not in others
 # fp32 sums in another order; Adam divides by sqrt(v) + epsilon, which at 1e-6 turns the rounding of a gradient that
@@ -27,10 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw, unclipped, plain": {"name": "adamw", "distributed_optimizer": False},
     "lamb": {"name": "lamb", "clip_grad_norm": CLIP},
     "lamb, no decay": {"name": "lamb", "weight_decay": 0.0},
+    "lamb of the paper": {"name": "lamb", "lamb": "lamb", "clip_grad_norm": CLIP},
+    "lamb of the paper, no decay": {"name": "lamb", "lamb": "lamb", "weight_decay": 0.0},
     "lamb, plain": {"name": "lamb", "clip_grad_norm": CLIP, "distributed_optimizer": False},
     "adamw, frozen scale": {"name": "adamw", "train_scale": False},
 }
-VARIANTS_ON_RANKS = ("adamw", "adamw, unclipped, plain", "lamb", "lamb, plain")
+VARIANTS_ON_RANKS = ("adamw", "adamw, unclipped, plain", "lamb", "lamb of the paper", "lamb, plain")
 TP2, SP2 = AxesSection(tp=2), AxesSection(tp=2, sequence_parallel=True)
 PP2, TP2_PP2 = AxesSection(pp=2), AxesSection(tp=2, pp=2)
 VPP2 = AxesSection(pp=2, vpp=2, layers_per_stage=(1, 1, 2, 1))
@@ -74,7 +77,7 @@ def train(
 
 
 def train_by_formula(runtime: Runtime) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """The same on one process without mcore's optimizers: torch.optim.AdamW, and LAMB written out."""
+    """The same on one process without mcore's optimizers: torch's AdamW, timm's LAMB, and DeepSpeed's written out."""
     results = {}
     for name, variant in VARIANTS.items():
         optim = dict(variant)
@@ -83,24 +86,28 @@ def train_by_formula(runtime: Runtime) -> dict[str, tuple[list[float], dict[str,
         towers = build_towers(runtime, cfg, train_scale=train_scale)
         _, rate = build_optimizer(towers, cfg)
         groups = [g for t in towers for g in param_groups(t.name, t.module.named_parameters(), cfg.optim)]
-        rate.optimizer = _Groups(groups)
         parameters = [p for group in groups for p in group["params"]]
-        adamw = torch.optim.AdamW(groups, betas=cfg.optim.betas, eps=cfg.optim.epsilon, foreach=False)
+        common: dict[str, Any] = {"betas": cfg.optim.betas, "eps": cfg.optim.epsilon, "foreach": False}
+        if (cfg.optim.name, cfg.optim.lamb) == ("lamb", "lamb"):
+            # Else timm clips the global norm to 1 itself, and takes tensors without weight decay for Adam's.
+            reference = timm.optim.Lamb(groups, max_grad_norm=None, always_adapt=True, **common)
+        else:
+            reference = torch.optim.AdamW(groups, **common)
         moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
         norms = []
         for step in range(STEPS):
-            rate.optimizer = _Groups(adamw.param_groups)
+            rate.optimizer = _Groups(reference.param_groups)
             rate.set(step)
             compute_gradients(towers, step)
             for p in parameters:
                 p.grad = p.main_grad.clone()
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optim.clip_grad_norm or math.inf)
             norms.append(norm.item())
-            if cfg.optim.name == "adamw":
-                adamw.step()
+            if variant["name"] == "adamw" or variant.get("lamb") == "lamb":
+                reference.step()
             else:
-                _lamb_step(adamw.param_groups, moments, step + 1, cfg.optim.betas, cfg.optim.epsilon)
-            adamw.zero_grad()
+                _eva_lamb_step(reference.param_groups, moments, step + 1, cfg.optim.betas, cfg.optim.epsilon)
+            reference.zero_grad()
         results[name] = (norms, whole_weights(towers))
     return results
 
@@ -111,7 +118,7 @@ class _Groups:
 
 
 @torch.no_grad()
-def _lamb_step(
+def _eva_lamb_step(
     groups: list[dict[str, Any]],
     moments: dict[Tensor, tuple[Tensor, Tensor]],
     t: int,

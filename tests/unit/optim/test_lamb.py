@@ -68,7 +68,7 @@ def test_pieces_of_one_tensor_share_its_ratio() -> None:
     grad = torch.arange(1.0, 7.0)
     p = torch.nn.Parameter(whole.clone())
     optimizer = Lamb([p], lr=0.01)
-    p.grad = grad
+    p.grad = grad.clone()
     optimizer.step()
 
     halves = [torch.nn.Parameter(piece.clone()) for piece in whole.chunk(2)]
