@@ -190,7 +190,7 @@ def train(
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's newest checkpoint.")] = False,
     topology: Annotated[
-        bool, typer.Option("--topology", help="Only print which rank holds what, and its bytes.")
+        bool, typer.Option("--topology", help="Only print which rank holds what, its bytes, and all learning rates.")
     ] = False,
 ) -> None:
     """Train from a recipe on this machine.
@@ -205,9 +205,9 @@ def train(
     cfg = load(recipe, overrides or ())
     check_world(cfg, processes)
     if topology:
-        from megaeva.planning import topology_lines
+        from megaeva.planning import rate_lines, topology_lines
 
-        typer.echo("\n".join(topology_lines(cfg, processes)))
+        typer.echo("\n".join([*topology_lines(cfg, processes), "", *rate_lines(cfg)]))
         return
     if cfg.teacher is not None:
         check_teacher(cfg, read_model_section(cfg.teacher.checkpoint).vision)

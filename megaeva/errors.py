@@ -54,6 +54,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+class ParameterRuleError(UserError, LookupError):
+    """A parameter that no rule, or more than one, of megaeva/optim/param_groups.py covers."""
+
+
 class LostRankError(UserError):
     """Another rank hangs or is gone, so this one stops.
 

@@ -26,6 +26,7 @@ from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objec
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
 from megaeva.planning.topology import topology_lines
+from megaeva.planning.rates import rate_lines
 from megaeva.tasks import build_task
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -88,7 +89,8 @@ class Trainer:
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
         fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
-        for line in [*recipe_changes, *topology, *([fp8] if fp8 else []), *from_where, data_report, *resumed]:
+        rates = rate_lines(cfg) if runtime.is_main else []
+        for line in [*recipe_changes, *topology, *rates, *([fp8] if fp8 else []), *from_where, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:

@@ -243,7 +243,10 @@ class OptimSection(Section):
     )
     vision: TowerOptimSection
     text: TowerOptimSection | None = Field(None, description="None: as vision")
-    frozen: tuple[Literal["vision", "text"], ...] = Field((), description="towers that are not trained (LiT: [vision])")
+    frozen: tuple[Literal["vision", "text"], ...] = Field(
+        (),
+        description="towers locked as a whole, projection included (LiT: [vision]); no drop path, but patch dropout",
+    )
     ema_decay: float | None = Field(
         None, gt=0.0, lt=1.0, description="of an average of the weights, kept and evaluated beside them; None: none"
     )

@@ -181,6 +181,28 @@ def _optimizer(cfg: Config) -> Iterator[Problem]:
         yield Problem("optim.clip_grad_norm", "must be above 0", "use null for no clipping")
 
 
+def _frozen(cfg: Config) -> Iterator[Problem]:
+    frozen, init = set(cfg.optim.frozen), cfg.init
+    if not frozen:
+        return
+    if cfg.task == "mim":
+        yield Problem("optim.frozen", "must be empty in task=mim, which trains its one tower", "remove it")
+        return
+    if frozen == {"vision", "text"} and not cfg.model.logit_scale.trainable:
+        yield Problem(
+            "optim.frozen",
+            "leaves nothing to train, as model.logit_scale.trainable=false too",
+            "leave a tower or the logit scale trained, or measure the weights with `megaeva eval`",
+        )
+    for tower in sorted(frozen):
+        if init.clip is None and getattr(init, tower) is None:
+            yield Problem(
+                "optim.frozen",
+                f"holds {tower}, and a tower that is never trained needs weights",
+                f"set init.{tower} or init.clip",
+            )
+
+
 def _warmup(cfg: Config) -> Iterator[Problem]:
     steps = max(1, cfg.train.total_samples // cfg.train.global_batch_size)
     if cfg.optim.warmup_steps >= steps:
@@ -211,8 +233,8 @@ def _saving(cfg: Config) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
-    _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _warmup,
-    _micro_batch, _saving, *FP8_RULES,
+    _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _frozen,
+    _warmup, _micro_batch, _saving, *FP8_RULES,
 )  # fmt: skip
 
 

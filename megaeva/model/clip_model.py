@@ -53,6 +53,14 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.vision, self.text, self.scale = vision, text, scale
 
+    def train(self, mode: bool = True) -> "CLIPModel":
+        """Returns itself; a tower without a trained parameter stays in evaluation mode: no drop path, no FP8."""
+        super().train(mode)
+        for tower in (self.vision, self.text):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
     def encode_image(self, image_BCHW: Tensor) -> Tensor:
         """Returns image_BE, not normalised, on every rank that holds a part of the tower; all of them call it.
 

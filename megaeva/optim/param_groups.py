@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megaeva.config.schema import OptimSection
+from megaeva.errors import ParameterRuleError
 
 
 class Depth(Enum):
@@ -70,13 +71,13 @@ def find_rule(name: str) -> tuple[Rule, int | None]:
     """The rule of a parameter, and its block index when it sits in a block.
 
     Raises:
-        LookupError: no rule, or more than one, covers the name.
+        ParameterRuleError: no rule, or more than one, covers the name.
     """
     found = [(rule, match) for pattern, rule in _COMPILED if (match := pattern.fullmatch(_without_prefix(name)))]
     if len(found) != 1:
-        raise LookupError(
-            f"{len(found)} parameter group rules cover parameter {name!r}, one must; "
-            f"add or mend its row in RULES of megaeva/optim/param_groups.py"
+        raise ParameterRuleError(
+            f"{len(found)} rules for learning rate and weight decay cover parameter {name!r}; exactly one must; "
+            "add or mend its row in RULES of megaeva/optim/param_groups.py."
         )
     rule, match = found[0]
     return rule, int(match["block"]) if rule.depth is Depth.BLOCK else None
@@ -108,7 +109,7 @@ def param_groups(
         num_blocks: of the whole tower, from which layer decay counts; None: the last one is among the parameters.
 
     Raises:
-        LookupError: a parameter that the table does not cover, frozen ones included.
+        ParameterRuleError: a parameter that the table does not cover, frozen ones included.
     """
     ruled = [(name, parameter, *find_rule(name)) for name, parameter in named_parameters]
     if num_blocks is None:

@@ -11,7 +11,8 @@ loss (contrastive) needs the features of the whole batch before any gradient exi
 A tower with one microbatch and no pipeline gains nothing by that and keeps the graph of (i) for (iii).
 
 Gradient scale: shares sum (see wrap.py), so neither the number of microbatches nor a tower's data-parallel size
-appears anywhere; `_undo_microbatch_mean` is the one place that cancels mcore's division.
+appears anywhere; `_undo_microbatch_mean` is the one place that cancels mcore's division. A loss scale (fp16) multiplies
+the loss before its backward pass, of a global step that of (ii), whose dL/dfeature carries it into (iii).
 """
 
 import copy
@@ -39,7 +40,7 @@ class Part(Generic[Sample]):
     """One tower's work in a step: the samples of its own data rank.
 
     Attributes:
-        tower: what runs; only its name, config and grid are read here.
+        tower: what runs; only its name, config, grid and whether it is trained are read here.
         batches: microbatches, at least one; of one size where the tower has stages.
         forward: (microbatch, hidden of the previous stage, chunk) -> hidden [S, B, D] for the next virtual stage, or on
             the last one the tower's output.
@@ -61,8 +62,8 @@ class Part(Generic[Sample]):
 
     @property
     def in_one_pass(self) -> bool:
-        """Whether a second forward pass would gain nothing."""
-        return len(self.batches) == 1 and self.tower.grid.pp_size == 1
+        """Whether a second forward pass would gain nothing, and the graph of the first is kept for the gradients."""
+        return len(self.batches) == 1 and self.tower.grid.pp_size == 1 and self.tower.trained
 
 
 class GlobalLoss(Protocol):
@@ -74,15 +75,20 @@ class GlobalLoss(Protocol):
 
 
 def local_step(
-    part: Part[Sample], loss: Callable[[int, Tensor], Tensor], towers: Sequence[Tower], seed_pass: SeedPass
+    part: Part[Sample],
+    loss: Callable[[int, Tensor], Tensor],
+    towers: Sequence[Tower],
+    seed_pass: SeedPass,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """This data rank's share of the loss (0-dim, detached), on every rank of the tower; gradients are left reduced.
 
     Args:
         loss: (microbatch number, output) -> its share (0-dim); shares over microbatches and data ranks sum to the loss.
+        loss_scale: gradients are those of loss_scale times the loss.
     """
     zero_gradients(towers)
-    undo = _undo_microbatch_mean(len(part.batches))
+    undo = _undo_microbatch_mean(len(part.batches), loss_scale)
     shares = _run(part, lambda index, output: undo(loss(index, output)), seed_pass)
     reduce_gradients(towers)
     device = next(part.tower.module.parameters()).device
@@ -90,12 +96,20 @@ def local_step(
     return broadcast_from_last_stage(share, part.tower.grid)
 
 
-def global_step(task: GlobalLoss, parts: Sequence[Part[Any]], towers: Sequence[Tower], seed_pass: SeedPass) -> Tensor:
+def global_step(
+    task: GlobalLoss,
+    parts: Sequence[Part[Any]],
+    towers: Sequence[Tower],
+    seed_pass: SeedPass,
+    loss_scale: float = 1.0,
+) -> Tensor:
     """The global loss (0-dim, detached, equal on every rank); afterwards the towers hold the reduced gradients.
+
+    They are those of loss_scale times the loss.
 
     Every rank owns the same number of rows of the global batch, the same ones in every part: the ranks that hold one
     copy of a tower share out its rows for the loss and gather the gradients. Memory: features of the parts' whole
-    batches, activations of one microbatch (of the pipeline's depth).
+    batches, activations of one microbatch (of the pipeline's depth). A tower that is not trained makes pass (i) only.
     """
     zero_gradients(towers)
     features, own = [], []
@@ -105,12 +119,13 @@ def global_step(task: GlobalLoss, parts: Sequence[Part[Any]], towers: Sequence[T
         if part.send is not None:
             part.send(own[-1])
     watch.at("the loss of the global batch")
-    loss, own_gradients = _loss_and_feature_gradients(task, own)
-    gradients = [
-        all_gather_rows(gradient, part.tower.grid.groups.mp)
-        for part, gradient in zip(parts, own_gradients, strict=True)
+    loss, own_gradients = _loss_and_feature_gradients(task, own, loss_scale)
+    trained = [
+        (part, feature, all_gather_rows(gradient, part.tower.grid.groups.mp))
+        for part, feature, gradient in zip(parts, features, own_gradients, strict=True)
+        if part.tower.trained
     ]
-    for part, feature, gradient in zip(parts, features, gradients, strict=True):
+    for part, feature, gradient in trained:
         if part.in_one_pass:
             feature.backward(gradient)
         else:
@@ -153,12 +168,14 @@ def _second_pass(part: Part[Any], gradient_BE: Tensor, seed_pass: SeedPass) -> N
     _run(part, surrogate, seed_pass, name="pass (iii)")
 
 
-def _loss_and_feature_gradients(task: GlobalLoss, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Loss and dL/dfeature; the same backward adds gradients of parameters the loss uses itself (the logit scale)."""
+def _loss_and_feature_gradients(
+    task: GlobalLoss, features: Sequence[Tensor], loss_scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss, and loss_scale dL/dfeature; the same backward adds gradients of what the loss uses itself: the logit scale."""
     with torch.enable_grad():
         leaves = [feature.detach().requires_grad_() for feature in features]
         loss = task.loss(*leaves)
-        loss.backward()
+        (loss * loss_scale).backward()
     return loss.detach(), [leaf.grad for leaf in leaves]  # type: ignore[misc]
 
 
@@ -167,11 +184,11 @@ def _own_rows(feature_BE: Tensor, grid: Grid) -> Tensor:
     return feature_BE.detach().chunk(grid.model_size)[grid.model_rank]
 
 
-def _undo_microbatch_mean(num_microbatches: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _undo_microbatch_mean(num_microbatches: int, loss_scale: float = 1.0) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """mcore divides what it backpropagates by the number of microbatches, in place; shares must sum instead."""
 
     def reduce(loss: Tensor) -> tuple[Tensor, Tensor]:
-        return loss * num_microbatches, loss.detach()
+        return loss * (num_microbatches * loss_scale), loss.detach()
 
     return reduce
 

@@ -36,9 +36,9 @@ class Holding:
         parameters: on one rank, after cutting over tp and pp.
         weight_bytes: in the run's precision.
         gradient_bytes: DDP's fp32 buffer, without its padding; 0 where nothing is trained.
-        optimizer_bytes: two fp32 moments, and an fp32 copy of 16-bit weights. With the distributed optimizer the share
-            of one data rank, the total over data ranks divided evenly; mcore pads its buffers and cuts them into pieces
-            of equal length, so that a rank may hold more or less by that padding.
+        optimizer_bytes: two fp32 moments, an fp32 copy of 16-bit weights, and an fp32 average if one is kept. With the
+            distributed optimizer the share of one data rank, the total over data ranks divided evenly; mcore pads its
+            buffers and cuts them into pieces of equal length, so that a rank may hold more or less by that padding.
     """
 
     tower: str
@@ -51,7 +51,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class _Spread:
+class Spread:
     """A tower on the meta device, its axes, and the layers it has in all."""
 
     module: nn.Module
@@ -65,7 +65,7 @@ def topology_lines(cfg: Config, world_size: int) -> list[str]:
     Towers are built on the meta device. Of a MIM run's teacher the checkpoint's JSON is read; where it is absent the
     teacher is left out and a line says so. `check_world` must have accepted the recipe.
     """
-    spreads, notes = _spreads(cfg)
+    spreads, notes = spread_towers(cfg)
     block = sharing_ranks(cfg)
     samples = cfg.train.global_batch_size * block // world_size
     lines = [
@@ -78,14 +78,14 @@ def topology_lines(cfg: Config, world_size: int) -> list[str]:
     # Also of a teacher that could not be built.
     axes = step_axes(cfg) | {name: one.axes for name, one in spreads.items()}
     places += [_place_row(name, one, cfg, world_size) for name, one in axes.items()]
-    lines += [*_columns(places, right=(1, 3, 4, 5)), ""]
+    lines += [*columns(places, right=(1, 3, 4, 5)), ""]
     held = {name: _holdings(name, one, cfg, world_size) for name, one in spreads.items()}
     table: list[tuple[str, ...]] = [
         ("holds", "ranks", "layers", "ends", "parameters", "weights", "gradients", "optimizer")
     ]
     for name, one in spreads.items():
         table += [row for group in _alike(held[name]) for row in _holding_rows(group, one.axes, world_size)]
-    lines += _columns(table, right=(4, 5, 6, 7))
+    lines += columns(table, right=(4, 5, 6, 7))
     lines.append(f"{_model_states(held.values())}, activations not counted")
     pipelined = [name for name, one in axes.items() if one.pp > 1 and microbatches(cfg, one, world_size)[1] == 1]
     notes += [f"{name}: its stages wait for each other in a step of one microbatch" for name in pipelined]
@@ -97,14 +97,14 @@ def holdings(cfg: Config, world_size: int) -> dict[str, list[Holding]]:
 
     Names are those of the run's towers (vision, text, scale; student), and "teacher".
     """
-    spreads, _ = _spreads(cfg)
+    spreads, _ = spread_towers(cfg)
     return {name: _holdings(name, one, cfg, world_size) for name, one in spreads.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ the towers
 
 
-def _spreads(cfg: Config) -> tuple[dict[str, _Spread], list[str]]:
+def spread_towers(cfg: Config) -> tuple[dict[str, Spread], list[str]]:
     """Every module of a step, and what has to be said about those that could not be built."""
     model, axes = cfg.model, step_axes(cfg)
     built: dict[str, Any] = {"grid": grid_of_one(), "precision": cfg.train.parameter_precision, "device": "meta"}
@@ -112,18 +112,20 @@ def _spreads(cfg: Config) -> tuple[dict[str, _Spread], list[str]]:
         vision = VisionTower(model.vision, model.embed_dim, **built)
         text = TextTower(model.text, model.embed_dim, **built)
         scale = LogitScale(model.logit_scale, device="meta")
+        for name in cfg.optim.frozen:
+            (vision if name == "vision" else text).requires_grad_(False)
         return {
-            "vision": _Spread(vision, axes["vision"], model.vision.num_layers),
-            "text": _Spread(text, axes["text"], model.text.num_layers),
-            "scale": _Spread(scale, AxesSection(), 0),
+            "vision": Spread(vision, axes["vision"], model.vision.num_layers),
+            "text": Spread(text, axes["text"], model.text.num_layers),
+            "scale": Spread(scale, AxesSection(), 0),
         }, []
     teacher, note = _teacher_section(cfg)
     width = model.embed_dim if teacher is None else teacher.embed_dim
     student = MIMStudent(model.vision, width, **built)
-    spreads = {"student": _Spread(student, axes["student"], model.vision.num_layers)}
+    spreads = {"student": Spread(student, axes["student"], model.vision.num_layers)}
     if teacher is not None:
         frozen = VisionTower(teacher.vision, teacher.embed_dim, **built).requires_grad_(False)
-        spreads["teacher"] = _Spread(frozen, axes["teacher"], teacher.vision.num_layers)
+        spreads["teacher"] = Spread(frozen, axes["teacher"], teacher.vision.num_layers)
     return spreads, note
 
 
@@ -143,7 +145,7 @@ def _teacher_section(cfg: Config) -> tuple[ModelSection | None, list[str]]:
     return section, []
 
 
-def _holdings(name: str, spread: _Spread, cfg: Config, world_size: int) -> list[Holding]:
+def _holdings(name: str, spread: Spread, cfg: Config, world_size: int) -> list[Holding]:
     axes = spread.axes
     stages = virtual_stages(axes, spread.num_layers) if spread.num_layers else (range(0),)
     rank_of_layer = {layer: v % axes.pp for v, stage in enumerate(stages) for layer in stage}
@@ -152,7 +154,7 @@ def _holdings(name: str, spread: _Spread, cfg: Config, world_size: int) -> list[
     for key, parameter in spread.module.named_parameters():
         count = _count_on_rank(parameter, axes.tp)
         trained = count if parameter.requires_grad else 0
-        state = 8 if parameter.element_size() == 4 else 12
+        state = (8 if parameter.element_size() == 4 else 12) + (4 if cfg.optim.ema_decay else 0)
         added = (count, count * parameter.element_size(), 4 * trained, state * trained)
         total = sums[_pipeline_rank(key, axes.pp, rank_of_layer)]
         for i, value in enumerate(added):
@@ -235,7 +237,8 @@ def _model_states(held: Iterable[Sequence[Holding]]) -> str:
     return f"weights, gradients and optimizer of a rank: at most {_bytes(sum(heaviest))}"
 
 
-def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+    """Rows of a table as lines; `right` numbers the columns whose cells end where the column does."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -49,6 +49,9 @@ class Contrastive:
         for name in ("vision", "text"):
             init_weights(getattr(self.model, name), seed=cfg.seed, task="contrastive", grid=self.grids[name])
         self.start_reports = self._load_start()
+        for name in cfg.optim.frozen:
+            getattr(self.model, name).requires_grad_(False)
+        self.model.train()
         self.towers: Sequence[Tower] = [
             wrap(name, module, grid, cfg.parallel) for name, (module, grid) in self._modules().items()
         ]
@@ -60,8 +63,11 @@ class Contrastive:
         return {name: (getattr(self.model, name), self.grids[name]) for name in ("vision", "text", "scale")}
 
     def _load_start(self) -> list[LoadReport]:
-        """A whole CLIP keeps everything; towers joined for the first time get a fresh projection, head and scale."""
-        cfg, start, modules = self.cfg, self.cfg.init, self._modules()
+        """A whole CLIP keeps everything; towers joined for the first time get a fresh projection, head and scale.
+
+        A frozen tower keeps its own: a fresh one would never be trained.
+        """
+        cfg, start, modules, frozen = self.cfg, self.cfg.init, self._modules(), self.cfg.optim.frozen
         reports = []
         if start.clip:
             with opened_start(start.clip, cfg, ("vision", "text")) as weights:
@@ -71,7 +77,7 @@ class Contrastive:
                 reports.append(load_weights(weights, modules, skip=skip, resize=start.resize))
         if start.vision:
             with opened_start(start.vision, cfg, ("vision",)) as weights:
-                skip = ["vision.head"]
+                skip = [] if "vision" in frozen else ["vision.head"]
                 if not any(".self_attention.inner_norm." in name for name in weights.infos):
                     # EVA-02 B and L are distilled without this norm; the CLIP starts it at weight 1, bias 0.
                     skip.append("vision.blocks.layers.*.self_attention.inner_norm")
@@ -79,7 +85,8 @@ class Contrastive:
                 reports.append(load_weights(weights, vision, skip=skip, resize=start.resize))
         if start.text:
             with opened_start(start.text, cfg, ("text",)) as weights:
-                reports.append(load_weights(weights, {"text": modules["text"]}, skip=["text.head"]))
+                skip = [] if "text" in frozen else ["text.head"]
+                reports.append(load_weights(weights, {"text": modules["text"]}, skip=skip))
         return reports
 
     def loss(self, *features: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Case:
     Attributes:
         task: one of TASKS.
         variant: the model that is shrunken.
+        frozen: towers that are not trained.
     """
 
     layout: Layout
@@ -61,6 +62,7 @@ class Case:
     variant: str
     num_steps: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    frozen: tuple[Literal["vision", "text"], ...] = ()
 
     @property
     def single(self) -> "Case":
@@ -99,7 +101,7 @@ def make_recipe(case: Case) -> Config:
             overlap_param_gather=layout.overlap,
             **{second: layout.second},
         ),
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-3, layer_decay=0.9), clip_grad_norm=0.5),
+        optim=OptimSection(vision=TowerOptimSection(lr=1e-3, layer_decay=0.9), clip_grad_norm=0.5, frozen=case.frozen),
         train=TrainSection(
             total_samples=NUM_STEPS * layout.num_samples,
             global_batch_size=layout.num_samples,
@@ -204,6 +206,7 @@ def run_case(runtime: Runtime, case: Case) -> Run:
     for tower in task.towers:
         if tower.name != "scale":
             fill(tower.module, tower.grid)
+    start = whole_weights(tower for tower in task.towers if tower.name in case.frozen)
     optimizer, learning_rate = build_optimizer(task.towers, cfg)
     losses, norms = [], []
     gradients: Tensors = {}
@@ -227,11 +230,14 @@ def run_case(runtime: Runtime, case: Case) -> Run:
         task.after_step()
         if step == 0:
             first = whole_weights(task.towers)
-    return Run(fresh, losses, norms, gradients, first, whole_weights(task.towers))
+    last = whole_weights(task.towers)
+    assert all(torch.equal(last[name], weight) for name, weight in start.items())
+    return Run(fresh, losses, norms, gradients, first, last)
 
 
-def whole_weights(towers: Sequence[Tower]) -> Tensors:
+def whole_weights(towers: Iterable[Tower]) -> Tensors:
     """Every parameter of all towers, whole, in fp32, on every rank."""
+    towers = list(towers)
     finish_parameter_gather(towers)
     return _union(whole_tensors(tower, dict(tower.module.named_parameters())) for tower in towers)
 

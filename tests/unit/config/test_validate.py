@@ -74,6 +74,13 @@ BROKEN = [
     (CLIP, ("loss.label_smoothing=1",), ["loss.label_smoothing=1", "below 1"]),
     (CLIP, ("loss.name=siglip",), ["loss.name=siglip (command line) must be infonce or sigmoid"]),
     (MIM, ("loss.label_smoothing=0.1",), ["loss (command line) must be absent in task=mim"]),
+    (CLIP, ("optim.frozen=[vision]", "init.text=runs/t"),
+     ['optim.frozen=["vision"] (command line) holds vision, and a tower that is never trained needs weights; '
+      "set init.vision or init.clip."]),
+    (CLIP, ("optim.frozen=[text, vision]", "init.clip=runs/t", "model.logit_scale.trainable=false"),
+     ['optim.frozen=["text", "vision"] (command line) leaves nothing to train, as model.logit_scale.trainable=false']),
+    (MIM, ("optim.frozen=[vision]", "init.vision=runs/t"),
+     ['optim.frozen=["vision"] (command line) must be empty in task=mim']),
     (CLIP, ("teacher.checkpoint=x",), ["teacher (command line) must be absent in task=contrastive"]),
     (CLIP, ("mim.mask={num_masked: 5, min_block: 1}",), ["mim (command line) must be absent"]),
     (CLIP, ("model.text.vocab_size=2048",), ["model.text.vocab_size=2048", "49408", "tokenizer_subset"]),
