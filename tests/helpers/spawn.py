@@ -1,4 +1,10 @@
-"""Real processes for tests of what happens between ranks."""
+"""Real processes for tests of what happens between ranks.
+
+They are forked by a server that has imported torch, megatron-core and megaeva: a rank that imported them anew would spend
+five seconds of CPU, more than most jobs. The server is multiprocessing's, imports and forks, and has one thread; what a
+job needs beyond imports (the shim, threads, process groups) happens in its ranks. They share one hash seed, which ranks of
+a real job do not: a sequence made of a set shows in the tests that run `megaeva train`.
+"""
 
 import importlib.util
 import os
@@ -15,10 +21,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 _ROOT = Path(__file__).parents[2]
+# With all that they import. A module that does not import here is left to the ranks, which say so.
+_IMPORTED_ONCE = ["megaeva.trainer"]
 
 
-def _run(rank: int, num_ranks: int, port: int, target: tuple[str, str, str], payload: bytes, pipe: Connection) -> None:
+def _run(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    environment: dict[str, str],
+    target: tuple[str, str, str],
+    payload: bytes,
+    pipe: Connection,
+) -> None:
+    os.environ.clear()  # the server's, which is as old as the first job
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
@@ -66,21 +84,24 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float
     """
     assert fn.__qualname__.isidentifier(), "a top-level function, as the child looks it up by name"
     if str(_ROOT) not in sys.path:
-        sys.path.insert(0, str(_ROOT))  # spawn hands sys.path to the child, which must import this file
+        sys.path.insert(0, str(_ROOT))  # handed to the child, which must import this file
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     target = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     pipes: dict[Connection, int] = {}
     processes = []
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when the child loads torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the server loads torch
     try:
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run, args=(rank, num_ranks, store.port, target, pickle.dumps(args), theirs), daemon=True
+                target=_run,
+                args=(rank, num_ranks, store.port, dict(os.environ), target, pickle.dumps(args), theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
