@@ -14,6 +14,8 @@ from megaeva.parallel.shards import full_shape, is_sharded
 
 OPTIMIZER = "optimizer."
 """With what the keys of optimizer state begin, and no weight's."""
+RUN_STATE = OPTIMIZER + "run."
+"""Of what a run continues with where a checkpoint has it, and begins anew without."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ def state_pieces(
                 slices = tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, offset, size, strict=True))
                 place = tuple(w + b - o for w, b, o in zip(box.offset, begin, box.local, strict=True))
                 pieces.append(Piece(own_key, part[slices], box.whole, place, is_main))
+    return pieces
+
+
+def run_state_pieces(module: nn.Module, prefix: str, grid: Grid) -> list[Piece]:
+    """What parts of a module keep for their run beside weights, as `optimizer.run.<name of the state>.<part>`.
+
+    A part has a method `run_state` that returns {name: tensor}, the same on all ranks that hold pieces or copies of it.
+    """
+    pieces = []
+    for part_name, part in module.named_modules():
+        run_state = getattr(part, "run_state", None)
+        for name, tensor in run_state().items() if run_state else ():
+            key, shape = f"{RUN_STATE}{name}.{prefix}{part_name}", tuple(tensor.shape)
+            pieces.append(Piece(key, tensor, shape, (0,) * len(shape), _is_writer(key, tensor, grid)))
     return pieces
 
 

@@ -17,7 +17,7 @@ from megaeva import __version__
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
 from megaeva.checkpoint.convert.sidecar import contents_info
-from megaeva.checkpoint.pieces import Piece, module_pieces, state_pieces
+from megaeva.checkpoint.pieces import RUN_STATE, Piece, module_pieces, run_state_pieces, state_pieces
 from megaeva.checkpoint.torch_dist import FileIndex, FileWriter, Reader, first_line, write_index
 from megaeva.config.schema import Config
 from megaeva.data.tokenizer import read_subset
@@ -45,11 +45,13 @@ class LoadedState:
         step: finished optimizer steps; the next one has this number.
         loader_states: what each data block passed to `begin`, in their order; the number of blocks is the saving run's.
         extra: what was passed to `begin`.
+        begun_anew: how many tensors of `pieces.run_state_pieces` the checkpoint does not have, or has in another shape.
     """
 
     step: int
     loader_states: list[dict[str, Any]]
     extra: dict[str, Any]
+    begun_anew: int = 0
 
 
 @dataclass(frozen=True)
@@ -252,13 +254,14 @@ class CheckpointStore:
             _check_same_run(path, info, config, _clip_ids(config))
             with self._another_instead(path):
                 reader = Reader(path)
-            pieces = _pieces(towers, optimizer)
+            wanted = _pieces(towers, optimizer)
+            pieces = [piece for piece in wanted if not piece.key.startswith(RUN_STATE) or _has(reader, piece)]
             _check_pieces(reader, pieces)
         with together("reading a checkpoint"), self._another_instead(path):
             reader.read_pieces(pieces)
         reader.close()
         optimizer.set_num_steps(info["optimizer_steps"])
-        return LoadedState(info["step"], info["loader"], info["extra"])
+        return LoadedState(info["step"], info["loader"], info["extra"], len(wanted) - len(pieces))
 
     @contextmanager
     def _another_instead(self, path: Path) -> Iterator[None]:
@@ -318,7 +321,12 @@ def _pieces(towers: Sequence[Tower], optimizer: Optimizer) -> list[Piece]:
         keys = {parameter: prefix + name for name, parameter in tower.module.named_parameters()}
         for parameter, start, state, is_shard in optimizer.held_state(tower.name):
             pieces += state_pieces(keys[parameter], parameter, start, state, tower.grid, is_shard=is_shard)
+        pieces += run_state_pieces(tower.module, prefix, tower.grid)
     return pieces
+
+
+def _has(reader: Reader, piece: Piece) -> bool:
+    return piece.key in reader.infos and reader.infos[piece.key].shape == piece.whole
 
 
 def _check_pieces(reader: Reader, pieces: Sequence[Piece]) -> None:

@@ -37,8 +37,8 @@ ROLES: tuple[Role, ...] = ("input", "weight", "gradient")
 _Both = tuple[Quantised, Quantised]
 
 
-class EmulatedFp8:
-    """What one linear multiplies with in training; holds no parameter.
+class EmulatedFp8(nn.Module):
+    """The products of one linear in training. It has no parameter and no buffer, whatever holds it is saved without.
 
     Attributes:
         scale: [3] fp32, of input, weight and gradient of the output; of recipe=delayed.
@@ -49,6 +49,7 @@ class EmulatedFp8:
     """
 
     def __init__(self, section: Fp8Section) -> None:
+        super().__init__()
         self.section = section
         gradient = E5M2 if section.format == "hybrid" else E4M3
         self.dtypes: dict[Role, torch.dtype] = {"input": E4M3, "weight": E4M3, "gradient": gradient}
@@ -58,9 +59,9 @@ class EmulatedFp8:
         self.amax = self.filled = torch.zeros(3, device=cpu)
         self.history = torch.zeros(length, 3, device=cpu)
         self._in_step = False
-        self._weight: _Both | None = None
+        self._kept_weight: _Both | None = None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias [..., out], and its three products in FP8; the bias' gradient is of what is not quantised.
 
         Products come in x's dtype, accumulated in fp32. Source: TE's module/linear.py.
@@ -86,14 +87,18 @@ class EmulatedFp8:
             return (quantised := quantise_blocks(x_RC, (128, 128), dtype, scale_of)), quantised
         return quantise_blocks(x_RC, (1, 128), dtype, scale_of), quantise_blocks(x_RC, (128, 1), dtype, scale_of)
 
-    def weight(self, weight: Tensor) -> _Both:
-        """The quantised weight; made once in an optimizer step."""
-        if self._weight is not None:
-            return self._weight
+    def weight_operands(self, weight: Tensor) -> _Both:
+        """As `operands`; made once in an optimizer step."""
+        if self._kept_weight is not None:
+            return self._kept_weight
         both = self.operands("weight", weight.detach())
         if self._in_step:
-            self._weight = both
+            self._kept_weight = both
         return both
+
+    def run_state(self) -> dict[str, Tensor]:
+        """What a resumed run continues with; empty but for recipe=delayed."""
+        return {"fp8_scale": self.scale, "fp8_history": self.history} if self.section.recipe == "delayed" else {}
 
     def begin_step(self) -> None:
         """What the passes from now on see is one step."""
@@ -102,7 +107,7 @@ class EmulatedFp8:
 
     def leave_step(self) -> None:
         """The weights may change."""
-        self._in_step, self._weight = False, None
+        self._in_step, self._kept_weight = False, None
 
     def end_step(self, amax_3: Tensor) -> None:
         """Scales of the next step, from the largest values of this one on all ranks. Tensors are replaced: a save in
@@ -125,7 +130,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: EmulatedFp8) -> Tensor:
         forward_x, backward_x = fp8.operands("input", x.reshape(-1, x.shape[-1]))
-        forward_weight, backward_weight = fp8.weight(weight)
+        forward_weight, backward_weight = fp8.weight_operands(weight)
         ctx.fp8, ctx.has_bias, ctx.dtype = fp8, bias is not None, weight.dtype
         ctx.blocks = backward_x.block, backward_weight.block
         ctx.save_for_backward(backward_x.values, backward_x.inverse, backward_weight.values, backward_weight.inverse)
@@ -166,9 +171,8 @@ def require_fp8(fp8: Fp8Section | None, layer_spec: Literal["local", "te"]) -> N
 
 
 def fp8_linears(module: nn.Module) -> dict[str, EmulatedFp8]:
-    """What emulates FP8 in the module, by the names of its linears; the same names in any layout."""
-    found = ((name, getattr(part, "fp8", None)) for name, part in module.named_modules())
-    return {name: fp8 for name, fp8 in found if isinstance(fp8, EmulatedFp8)}
+    """What emulates FP8 in the module, by name; the same names in any layout."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, EmulatedFp8)}
 
 
 @contextmanager
