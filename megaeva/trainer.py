@@ -63,6 +63,7 @@ class Trainer:
                 cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
             )
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
+        self.begun_anew = 0
         self.next_step = self._load(newest) if newest else 0
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
         self.last_save_at = time.monotonic()
@@ -86,6 +87,8 @@ class Trainer:
                 )
                 self.record.write_json("manifest.json", made_with)
         resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
+        if self.begun_anew:
+            resumed.append(f"FP8 scales and histories begin anew: the checkpoint lacks {self.begun_anew} of them")
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
         fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
@@ -237,6 +240,7 @@ class Trainer:
         """Restore weights, optimizer and data position; returns the next step."""
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
         self.loader.load_state_dicts(state.loader_states)
+        self.begun_anew = state.begun_anew
         return state.step
 
     def _save_is_due(self) -> bool:
