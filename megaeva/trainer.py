@@ -1,11 +1,11 @@
 """The training loop: build, fit, step. It knows no task, no tower and no device."""
 
-import math
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megaeva.checkpoint.background import Saves
 from megaeva.checkpoint.store import CheckpointStore
@@ -21,12 +21,13 @@ from megaeva.eval.run import format_results
 from megaeva.model.fp8 import fp8_figures, fp8_step, require_fp8
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer
+from megaeva.optim.guard import StepGuard, Verdict
 from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
-from megaeva.planning.topology import topology_lines
 from megaeva.planning.rates import rate_lines
+from megaeva.planning.topology import topology_lines
 from megaeva.tasks import build_task
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -63,6 +64,7 @@ class Trainer:
                 cfg, data_rank=grid.dp_rank, data_size=grid.dp_size, num_patches=cfg.model.vision.num_patches
             )
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
+        self.guard = StepGuard(cfg.train.spike_guard, self.optimizer.scale)
         self.begun_anew = 0
         self.next_step = self._load(newest) if newest else 0
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
@@ -90,9 +92,9 @@ class Trainer:
         if self.begun_anew:
             resumed.append(f"FP8 scales and histories begin anew: the checkpoint lacks {self.begun_anew} of them")
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
+        rates = rate_lines(cfg) if runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
         fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
-        rates = rate_lines(cfg) if runtime.is_main else []
         for line in [*recipe_changes, *topology, *rates, *([fp8] if fp8 else []), *from_where, data_report, *resumed]:
             self.record.say(line)
 
@@ -110,7 +112,9 @@ class Trainer:
                     name = signal.Signals(stop).name
                     self.record.say(f"{name}: step {self.next_step} is saved in {self.run_dir}; --resume continues")
                     return 128 + stop
-                self.log(self.step(batch))
+                if not (figures := self.step(batch)):
+                    continue
+                self.log(figures)
                 every_steps = self.cfg.eval.every_steps
                 # `finish` measures the last step.
                 if every_steps and self.next_step % every_steps == 0 and self.next_step < self.cfg.train.total_steps:
@@ -125,24 +129,31 @@ class Trainer:
                 signal.signal(number, handler)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; returns its figures. A loss or gradient that is not finite changes no weight."""
-        step, seed = self.next_step, self.cfg.seed
+        """One optimizer step; returns its figures, or none when it went back to a checkpoint.
+
+        A step that is not finite, or that the guard refuses, changes no weight.
+        """
+        step = self.next_step
         rates = self.learning_rate.set(step)
         try:
             with fp8_step(self.task.towers, self.cfg.train.fp8_in_use, self.runtime.layer_spec):
-                loss = self.task.step(batch, lambda microbatch: seed_pass(seed, step, microbatch)).item()
+                seeds = partial(seed_pass, self.cfg.seed, step)
+                loss = self.task.step(batch, seeds, self.optimizer.loss_scale).item()
         except FeatureError as error:  # raised on every rank
             self._stop_on(str(error), batch)
-        if not math.isfinite(loss):
-            self._stop_on(f"loss={loss}; it must be finite; lower the learning rate or beta2", batch)
         self.saves.gate()
         watch.at("the optimizer's step")
-        updated, grad_norm = self.optimizer.step()
-        if not updated:
-            self._stop_on(f"grad_norm={grad_norm}; it must be finite; lower the learning rate or beta2", batch)
+        grad_norm = self.optimizer.prepare()
+        verdict = self.guard.judge(step, loss, grad_norm)
+        figures = {"loss": loss, "grad_norm": grad_norm} | {f"lr/{tower}": rate for tower, rate in rates.items()}
+        if verdict.action == "update":
+            figures |= self.optimizer.update(grad_norm, measure=self._is_logged(step + 1))
+        else:
+            self.optimizer.drop()
+            if self._leave_out(verdict, batch):
+                return {}
         self.next_step = step + 1
-        figures = {"loss": loss, "grad_norm": float(grad_norm)}
-        return figures | {f"lr/{tower}": rate for tower, rate in rates.items()} | self.task.after_step()
+        return figures | self.guard.figures() | self.task.after_step()
 
     def next_batch(self) -> tuple[Batch, bool, int]:
         """The next batch, whether all ranks save before it, and the signal that stops them before it or 0.
@@ -176,14 +187,18 @@ class Trainer:
             self.saves.finish()
             watch.at("saving")
             finish_parameter_gather(self.task.towers)
-            samples = {"samples": self.next_step * self.cfg.train.global_batch_size}
+            extra = {
+                "samples": self.next_step * self.cfg.train.global_batch_size,
+                "guard": self.guard.state_dict(),
+                "loss_scale": self.optimizer.scale and self.optimizer.scale.state_dict(),
+            }
             save = self.store.begin(
                 self.next_step,
                 self.task.towers,
                 self.optimizer,
                 config=self.cfg,
                 loader_state=self.position,
-                extra=samples,
+                extra=extra,
                 data_grid=self.task.grid,
             )
             self.saves.start(save)
@@ -191,7 +206,7 @@ class Trainer:
 
     def log(self, figures: dict[str, float]) -> None:
         """Record the step's figures when they are due."""
-        if self.next_step % self.cfg.train.log_every_steps == 0 or self.next_step == self.cfg.train.total_steps:
+        if self._is_logged(self.next_step):
             waited, memory = self.loader.wait_seconds, self.runtime.memory_gib()
             figures = figures | self.loader.figures | fp8_figures(self.task.towers)
             self.record.step(self.next_step, figures, waited_seconds=waited, memory_gib=memory)
@@ -241,7 +256,17 @@ class Trainer:
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
         self.loader.load_state_dicts(state.loader_states)
         self.begun_anew = state.begun_anew
+        if guard := state.extra.get("guard"):
+            self.guard.load_state_dict(guard)
+        self._load_scale(state.extra)
         return state.step
+
+    def _load_scale(self, extra: dict[str, Any]) -> None:
+        if self.optimizer.scale and (saved := extra.get("loss_scale")):
+            self.optimizer.scale.load_state_dict(saved)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.cfg.train.log_every_steps == 0 or step == self.cfg.train.total_steps
 
     def _save_is_due(self) -> bool:
         """Whether the step count, or rank 0's clock, asks for a checkpoint."""
@@ -251,11 +276,49 @@ class Trainer:
         elapsed = time.monotonic() - self.last_save_at
         return bool(every_minutes and self.runtime.is_main and elapsed >= 60 * every_minutes)
 
+    def _leave_out(self, verdict: Verdict, batch: Batch) -> bool:
+        """Do what the guard says instead of an update; returns whether the run went back. All ranks call it."""
+        step, fault = self.next_step, verdict.fault
+        if verdict.action == "stop":
+            self._stop_on(fault, batch)
+        if verdict.action == "rescale":
+            self.record.say(f"step {step}: {fault}")
+            return False
+        checkpoint, then = None, "skipped"
+        if verdict.action == "roll_back":
+            self.saves.finish()
+            checkpoint = broadcast_object(self.store.newest())
+            then = f"back to {checkpoint}" if checkpoint else "skipped, as there is no checkpoint to go back to"
+        keys, name = sorted(self._keys(batch)), f"spike_step_{step}.json"
+        self.record.add_json(name, {"step": step, "fault": fault, "then": then, "keys": keys})
+        self.record.say(f"step {step}: {fault}; {then}. Its {len(keys)} samples are listed in {self.run_dir / name}")
+        if checkpoint:
+            self._go_back(checkpoint)
+        return checkpoint is not None
+
+    def _go_back(self, checkpoint: Path) -> None:
+        """Take weights, optimizer, step and the guard's window of a checkpoint of this run; data go on where they are.
+
+        The step is the clock of the learning rate and the phases' randomness; samples between are not seen again.
+        """
+        finish_parameter_gather(self.task.towers)
+        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
+        self.guard.load_window(state.extra["guard"])
+        self._load_scale(state.extra)
+        self.next_step = state.step
+        # With another place in the data it is another state, to be saved again in place of that checkpoint.
+        self.saves.begun = state.step - 1
+        self.record.go_back(state.step)
+
+    def _keys(self, batch: Batch) -> list[str]:
+        """Of the global batch."""
+        mine = batch.keys if self.task.grid.tp_rank == 0 else ()  # the other ranks of its data block have the same
+        return [key for keys in gather_objects(mine) for key in keys]
+
     def _stop_on(self, fault: str, batch: Batch) -> NoReturn:
         """Raise on every rank, naming the step, the samples and the last good checkpoint; no save begins, and one in
         flight, of an earlier step, is finished."""
-        mine = batch.keys if self.task.grid.tp_rank == 0 else ()  # the other ranks of its data block have the same
-        keys = [key for keys in gather_objects(mine) for key in keys]
+        keys = self._keys(batch)
         name = f"bad_batch_step_{self.next_step}.json"
         self.record.write_json(name, {"step": self.next_step, "fault": fault, "keys": keys})
         self._finish_save()

@@ -93,6 +93,22 @@ class RunRecord:
             temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.run_dir / name)
 
+    def add_json(self, name: str, entry: Any) -> None:
+        """Add `entry` to the list in `<run_dir>/<name>`, unless it has it from before the run was cut off."""
+        if self.enabled:
+            path = self.run_dir / name
+            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            if entry not in entries:
+                self.write_json(name, [*entries, entry])
+
+    def go_back(self, step: int) -> None:
+        """Remove the figures of the steps after `step`, which are made again."""
+        self._started_at = self._logged_at = time.monotonic()
+        self._first_step = self._logged_step = step
+        if self.enabled:
+            self._metrics.close()
+            self._metrics = MetricLog(self.run_dir, first_step=step)
+
     def close(self) -> None:
         """Flush and close; a second call does nothing."""
         if self.enabled:

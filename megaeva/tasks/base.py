@@ -25,12 +25,13 @@ class Task(Protocol):
     grid: Grid
     start_reports: list[LoadReport]
 
-    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
+    def step(self, batch: Batch, seed_pass: Callable[[int], None], loss_scale: float = 1.0) -> Tensor:
         """The loss over the global batch (0-dim, detached, equal on every rank); gradients are left reduced.
 
         Args:
             batch: the samples of this data block, on the CPU; a tower takes what it needs to the device.
             seed_pass: (number of a microbatch in the global batch) -> None; seeds what its pass draws.
+            loss_scale: gradients are those of loss_scale times the loss.
         """
         ...
 

@@ -110,9 +110,9 @@ class Contrastive:
         """Gather the text features while the vision tower runs."""
         self._text_in_flight = start_gather(text_BE, self._world)
 
-    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
+    def step(self, batch: Batch, seed_pass: Callable[[int], None], loss_scale: float = 1.0) -> Tensor:
         """See `Task.step`."""
-        return global_step(self, (self._text_part(batch), self._vision_part(batch)), self.towers, seed_pass)
+        return global_step(self, (self._text_part(batch), self._vision_part(batch)), self.towers, seed_pass, loss_scale)
 
     def _text_part(self, batch: Batch) -> Part[Batch]:
         return Part(

@@ -92,7 +92,7 @@ class MIM:
         report = load_weights(weights, {"vision": (tower, self.grids["teacher"])})
         return Teacher(tower), section.embed_dim, report
 
-    def step(self, batch: Batch, seed_pass: Callable[[int], None]) -> Tensor:
+    def step(self, batch: Batch, seed_pass: Callable[[int], None], loss_scale: float = 1.0) -> Tensor:
         """See `Task.step`."""
         assert batch.mask_BN is not None
         (student,) = self.towers
@@ -117,6 +117,7 @@ class MIM:
             lambda index, predicted_ME: negative_cosine_share(predicted_ME, own_targets[index], self.num_global_tokens),
             self.towers,
             seed_pass,
+            loss_scale,
         )
         (loss,) = all_sum([loss_share.item()], self.runtime, grid.groups.dp)
         return torch.tensor(loss)

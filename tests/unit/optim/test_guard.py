@@ -1,0 +1,118 @@
+"""The guard's rules, without a model."""
+
+import json
+from typing import Any
+
+import pytest
+
+from megaeva.config.schema import Fp16Section, SpikeGuardSection
+from megaeva.optim.guard import StepGuard
+from megaeva.optim.loss_scale import LossScale
+from megaeva.parallel.runtime import Runtime
+
+QUIET = [(2.0, 1.0), (2.2, 1.2), (1.8, 0.8), (2.1, 1.1)]
+"""Loss and gradient norm of steps 0 to 3; medians 2.05 and 1.05."""
+
+
+def guard(**section: Any) -> StepGuard:
+    made = StepGuard(SpikeGuardSection(**{"window": 4} | section))
+    for step, (loss, norm) in enumerate(QUIET):
+        assert made.judge(step, loss, norm).action == "update"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "action"),
+    [
+        (4.0, 10.4, "update"),
+        (4.2, 1.0, "skip"),
+        (2.0, 10.6, "skip"),
+        (float("nan"), 1.0, "skip"),
+        (2.0, float("inf"), "skip"),
+    ],
+)
+def test_a_spike_stands_out_of_the_medians(loss: float, norm: float, action: str) -> None:
+    assert guard().judge(4, loss, norm).action == action
+
+
+def test_a_spike_is_no_measure_of_later_ones() -> None:
+    watched = guard()
+    for step in range(4, 10):
+        verdict = watched.judge(step, 100.0, 1.0)
+        assert verdict.action == "skip"
+        assert "loss=100 " in verdict.fault and "2.05" in verdict.fault
+    assert watched.num_skipped == 6
+
+
+def test_negative_losses() -> None:
+    """Of distillation, a negative cosine: twice the median would be below it."""
+    watched = StepGuard(SpikeGuardSection(window=2))
+    for step in range(2):
+        assert watched.judge(step, -0.5, 1.0).action == "update"
+    assert watched.judge(2, -0.4, 1.0).action == "update"
+    assert watched.judge(3, 0.1, 1.0).action == "skip"
+
+
+def test_nothing_is_judged_before_the_window_is_full_but_what_is_not_finite() -> None:
+    watched = StepGuard(SpikeGuardSection(window=3))
+    assert watched.judge(0, 1.0, 1.0).action == "update"
+    assert watched.judge(1, 1e6, 1e6).action == "update"
+    assert watched.judge(2, float("nan"), 1.0).action == "stop"
+    assert StepGuard(None).judge(0, 1.0, float("nan")).action == "stop"
+
+
+def test_a_ratio_of_none_judges_nothing() -> None:
+    assert guard(loss_ratio=None).judge(4, 1e9, 1.0).action == "update"
+    assert guard(grad_norm_ratio=None).judge(4, 2.0, 1e9).action == "update"
+    assert guard(loss_ratio=None).judge(4, float("nan"), 1.0).action == "skip"
+
+
+def test_spikes_in_a_row_stop_the_run_and_a_quiet_window_forgets_them() -> None:
+    watched = guard(max_spikes=3)
+    actions = [watched.judge(step, 1e3, 1.0).action for step in (4, 6)]
+    assert actions == ["skip", "skip"]
+    assert watched.judge(11, 1e3, 1.0).action == "skip", "the first of a new row: steps 7 to 10 were quiet"
+    assert watched.judge(12, 1e3, 1.0).action == "skip"
+    verdict = watched.judge(16, 1e3, 1.0)
+    assert verdict.action == "stop"
+    assert "max_spikes=3" in verdict.fault
+
+
+def test_steps_that_a_roll_back_repeats_are_no_quiet_window() -> None:
+    """The run would go round in circles: the same spike, hundreds of quiet steps, the same spike."""
+    watched = guard(action="roll_back", max_spikes=3)
+    saved = watched.state_dict()
+    for attempt in range(3):
+        watched.load_window(saved)
+        for step in range(4, 40):
+            assert watched.judge(step, 2.0, 1.0).action == "update"
+        assert watched.judge(40, 1e3, 1.0).action == ("stop" if attempt == 2 else "roll_back")
+
+
+def test_it_continues_from_json() -> None:
+    first = guard()
+    first.judge(4, 1e3, 1.0)
+    second = StepGuard(SpikeGuardSection(window=4))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.state_dict() == first.state_dict()
+    for step, loss in ((5, 2.0), (6, 1e3)):
+        assert second.judge(step, loss, 1.0) == first.judge(step, loss, 1.0)
+
+
+def test_an_overflow_is_no_spike_and_ends_the_run_at_the_smallest_scale(runtime: Runtime) -> None:
+    scale = LossScale(Fp16Section(initial_scale=4.0, min_scale=2.0, growth_interval=2))
+    watched = StepGuard(None, scale)
+
+    def step(number: int, norm: float) -> str:
+        scale.settle(norm == float("inf"))
+        return watched.judge(number, 1.0, norm).action
+
+    assert [step(0, 1.0), step(1, 1.0)] == ["update"] * 2
+    assert scale.value == 8.0, "doubled after two"
+    assert [step(2, float("inf")), step(3, float("inf"))] == ["rescale"] * 2
+    assert scale.value == 2.0
+    resumed = LossScale(Fp16Section())
+    resumed.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    assert (resumed.value, resumed.overflowed) == (2.0, False)
+    assert watched.figures() == {"skipped_steps": 2, "loss_scale": 4.0}
+    assert step(4, float("inf")) == "stop"
