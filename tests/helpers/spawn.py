@@ -1,9 +1,9 @@
 """Real processes for tests of what happens between ranks.
 
-They are forked by a server that has imported torch, megatron-core and megaeva: a rank that imported them anew would spend
-five seconds of CPU, more than most jobs. The server is multiprocessing's, imports and forks, and has one thread; what a
-job needs beyond imports (the shim, threads, process groups) happens in its ranks. They share one hash seed, which ranks of
-a real job do not: a sequence made of a set shows in the tests that run `megaeva train`.
+They are forked by a server that has imported torch, megatron-core and megaeva: a rank that imported them anew would
+spend five seconds of CPU, more than most jobs. The server is multiprocessing's, imports and forks, and has one thread;
+what a job needs beyond imports (the shim, threads, process groups) happens in its ranks. They share one hash seed,
+which ranks of a real job do not: an order that comes from a set shows in the tests that run `megaeva train`.
 """
 
 import importlib.util
