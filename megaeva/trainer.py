@@ -20,7 +20,7 @@ from megaeva.errors import CheckpointError, FeatureError, UserError
 from megaeva.eval.run import format_results
 from megaeva.model.fp8 import fp8_figures, fp8_step, require_fp8
 from megaeva.observability.record import RunRecord, manifest
-from megaeva.optim.build import build_optimizer
+from megaeva.optim.build import build_optimizer, kernels_line
 from megaeva.optim.guard import StepGuard, Verdict
 from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
@@ -95,7 +95,8 @@ class Trainer:
         rates = rate_lines(cfg) if runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
         fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
-        for line in [*recipe_changes, *topology, *rates, *([fp8] if fp8 else []), *from_where, data_report, *resumed]:
+        kernels = [kernels_line(cfg.optim, runtime.device), *([fp8] if fp8 else [])]
+        for line in [*recipe_changes, *topology, *rates, *kernels, *from_where, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:

@@ -10,7 +10,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor
 
 from megaeva.config.schema import Config, OptimSection
-from megaeva.optim.lamb import Lamb, ShardMap
+from megaeva.optim.lamb import Lamb, ShardMap, multi_tensor_package
 from megaeva.optim.loss_scale import LossScale
 from megaeva.optim.param_groups import find_rule, param_groups
 from megaeva.optim.schedule import LearningRate
@@ -52,6 +52,14 @@ def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimize
         optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg, scale)
     optimizer = TowerOptimizers(optimizers, parameters, scale)
     return optimizer, LearningRate(optimizer, cfg)
+
+
+def kernels_line(optim: OptimSection, device: torch.device) -> str:
+    """For the start of a run: what computes the optimizer's step on that device."""
+    adamw, lamb = "AdamW, torch's fused kernel", f"LAMB ({optim.lamb}), torch's fused Adam kernel and foreach"
+    package = multi_tensor_package() if device.type == "cuda" else None
+    norms = f"{package}'s multi-tensor kernels" if package else "plain torch"
+    return f"optimizer: {lamb if optim.name == 'lamb' else adamw}; norms and clipping by {norms}"
 
 
 def _mcore_config(cfg: Config) -> OptimizerConfig:

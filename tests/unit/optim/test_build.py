@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megaeva.optim.build import build_optimizer
+from megaeva.optim import build
+from megaeva.optim.build import build_optimizer, kernels_line
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.toy_towers import build_towers, compute_gradients, make_config
 
@@ -59,3 +60,15 @@ def test_a_step_leaves_no_gradient_behind(runtime: Runtime) -> None:
         norms.append(optimizer.step()[1])
     assert norms[0] == norms[1]
     assert set(rate.set(0)) == {"vision", "text", "scale"}
+
+
+def test_the_line_says_what_computes_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(build, "multi_tensor_package", lambda: "Transformer Engine")
+    assert kernels_line(make_config().optim, cpu) == (
+        "optimizer: AdamW, torch's fused kernel; norms and clipping by plain torch"
+    )
+    assert kernels_line(make_config(name="lamb").optim, cuda) == (
+        "optimizer: LAMB (eva), torch's fused Adam kernel and foreach; "
+        "norms and clipping by Transformer Engine's multi-tensor kernels"
+    )
