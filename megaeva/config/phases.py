@@ -127,6 +127,8 @@ def _phases_fill_the_run(cfg: Config) -> Iterator[Problem]:
 def _phases_of_mim(cfg: Config) -> Iterator[Problem]:
     if cfg.task != "mim":
         return
+    if cfg.data.frames > 1:
+        yield Problem("data.frames", "must be 1 in task=mim, which distils images", "remove it")
     for index, phase in enumerate(cfg.data.phases):
         if phase.patch_dropout:
             yield Problem(

@@ -310,7 +310,9 @@ class TrainSection(Section):
 
     total_samples: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
-    micro_batch_size: int | None = Field(None, description="samples of one rank in one pass; None: all at once")
+    micro_batch_size: int | None = Field(
+        None, description="images or captions of one rank in one pass; None: all at once"
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     fp8: Fp8Section = Field(Fp8Section(), description="of precision=fp8")
     fp16: Fp16Section = Field(Fp16Section(), description="of precision=fp16")

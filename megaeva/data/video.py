@@ -129,7 +129,7 @@ class VideoDecoder:
             with _container(video.data, self._max_pixels) as container:
                 context = container.streams.video[0].codec_context
                 context.thread_count = 1  # worker processes are what runs side by side
-                context.options = {"max_pixels": str(self._max_pixels)}
+                context.options = _limit(self._max_pixels)
                 for frame in container.decode(video=0):
                     if frame.is_corrupt:
                         raise BrokenImage("damaged_video")
@@ -149,7 +149,12 @@ def _container(data: bytes, max_pixels: int) -> "InputContainer":
         name = "avi"
     else:
         raise BrokenImage("not_a_video")
-    return _pyav().open(io.BytesIO(data), format=name, options={"max_pixels": str(max_pixels)})
+    return _pyav().open(io.BytesIO(data), format=name, options=_limit(max_pixels))
+
+
+def _limit(max_pixels: int) -> dict[str, str]:
+    """What FFmpeg refuses to have memory for, as it counts: with the borders that its codecs add around a frame."""
+    return {"max_pixels": str(2 * max_pixels + 2**16)}
 
 
 def _pyav() -> Any:

@@ -46,6 +46,15 @@ def test_microbatches(micro: int | None, vision: tuple[int, int], text: tuple[in
     assert microbatches(cfg, AxesSection(tp=2), 16) == text
 
 
+@pytest.mark.parametrize(
+    ("micro", "frames", "expected"),
+    [(None, 8, (24, 1)), (8, 8, (1, 24)), (12, 3, (4, 6)), (24, 4, (6, 4)), (8, 3, (2, 12)), (2, 8, (1, 24))],
+)
+def test_a_microbatch_counts_the_frames_of_videos(micro: int | None, frames: int, expected: tuple[int, int]) -> None:
+    """A share of 24; parts are whole parts of those of images, so that the stages of a pipeline still get as many."""
+    assert microbatches(_config(96, micro), AxesSection(tp=2, pp=2), 16, frames) == expected
+
+
 def test_blocks_of_ranks() -> None:
     assert sharing_ranks(_config(vision=AxesSection(tp=2, pp=3), text=AxesSection(tp=4))) == 12
     assert data_ranks(AxesSection(tp=2, pp=3), 24) == 4
