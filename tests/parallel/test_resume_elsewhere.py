@@ -20,7 +20,7 @@ from megaeva.trainer import Trainer
 from tests.helpers.spawn import run_ranks
 from tests.helpers.trainer_recipe import model, trainer_recipe
 
-SAVED_AT, STEPS = 4, 14  # epochs end after steps 5 and 10
+SAVED_AT, STEPS = 4, 14  # an epoch ends after step 5, the first phase of two after 7, an epoch of the second after 12
 Keys = list[list[str]]  # of the global batch of each step
 
 
@@ -54,7 +54,15 @@ def recipe(folder: Path, name: str, parallel: dict[str, Any]) -> Config:
         # With a small epsilon Adam makes lr * sign(gradient) of gradients that are rounding noise.
         optim={"vision": {"lr": 2e-3}, "clip_grad_norm": 1.0, "epsilon": 1e-3},
         save={"every_steps": SAVED_AT, "keep": 9},
-        data={"train": [str(folder / "shards" / "*.tar")], "shuffle_buffer": 8, "max_dropped_share": 1.0},
+        data={
+            # In whole steps 7 and 7. The second phase drops no patch: other lengths in the pipeline.
+            "phases": [
+                {"samples": 8 * 7 + 3, "train": [str(folder / "shards" / "*.tar")]},
+                {"samples": 8 * 7 - 3, "train": [str(folder / "shards" / "*.tar")], "patch_dropout": 0.0},
+            ],
+            "shuffle_buffer": 8,
+            "max_dropped_share": 1.0,
+        },
     )
 
 
@@ -127,6 +135,7 @@ def check(ran: Ran, name: str) -> None:
     assert ran.moved[name] == ran.stayed[name][SAVED_AT:], "global batches, in their order"
     stayed, moved = (read_metrics(ran.folder / run) for run in (name, f"{name}, moved"))
     assert [line["step"] for line in moved] == list(range(1, STEPS + 1))
+    assert [line["phase"] for line in moved] == [1] * 7 + [2] * 7
     for figure in ("loss", "grad_norm", "logit_scale"):
         expected = [line[figure] for line in stayed[SAVED_AT:]]
         found = [line[figure] for line in moved[SAVED_AT:]]
@@ -136,7 +145,7 @@ def check(ran: Ran, name: str) -> None:
         for run in (name, f"{name}, moved")
     ]
     assert dropped[0] == dropped[1] and dropped[0]["missing_image"] >= 4, (
-        "counted once over all blocks, before and after"
+        "counted once over all blocks, before and after, in both phases"
     )
     losses = [line["loss"] for line in moved[SAVED_AT:]]
     assert max(losses) > min(losses) * (1 + 1e-3), "the samples must tell in the loss"
