@@ -4,9 +4,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-convert bench-demo cuda-check clean
+.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-convert bench-demo cuda-check te-check clean
 
 VENV := .venv
+TE_VENV ?= $(VENV)-te
 BIN := $(VENV)/bin
 IS_PYTHON_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p $(IS_PYTHON_311) && echo $$p && exit; done; echo python3.11)
@@ -34,6 +35,8 @@ help:
 	@echo "make bench-convert  conversions of 10 GB beside cp (five minutes, 30 GB of disk)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
+	@echo "make te-check    hold the Transformer Engine backend to the real package, without a GPU (builds it once in $(TE_VENV),"
+	@echo "                 twenty minutes; make te-check TE_VENV=... takes an environment that has it)"
 	@echo "make clean       remove .venv and build output; runs/ and data/ stay"
 
 demo: $(VENV)/.demo
@@ -99,8 +102,11 @@ cuda-check:
 	  $(NVCC) -std=c++20 -O3 -Werror all-warnings -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -arch=$$architecture -I csrc -c $$source \
 	    -o build/cuda-check/$$(basename $$source .cu).$$architecture.o; done; done
 
+te-check: $(VENV)/.test
+	OMP_NUM_THREADS=1 tools/te_without_gpu.sh $(VENV) $(TE_VENV) python -m pytest tests/te_check
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info megaeva/ops/*.so
+	rm -rf $(VENV) $(VENV)-te build dist *.egg-info megaeva/ops/*.so
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 

@@ -33,6 +33,11 @@ class Blocks(MegatronModule):
         fp8: Fp8Section | None = None,
     ) -> None:
         super().__init__(config)
+        if (grid.sequence_parallel or layer_spec == "te") and _LAYERS_RNG not in get_cuda_rng_tracker().get_states():
+            # mcore's block switches to this generator state around its layers, and Transformer Engine's linears do
+            # while they are built; both fail where nobody has made it, as in evaluation, which seeds nothing. No layer
+            # here draws from it: see `Pass.seed`.
+            get_cuda_rng_tracker().add(_LAYERS_RNG, torch.initial_seed())
         stages = virtual_stages(grid.axes, section.num_layers)
         self.num_stages = len(stages)
         self._pp_size, self._pp_rank = grid.pp_size, grid.pp_rank
@@ -44,10 +49,6 @@ class Blocks(MegatronModule):
             chunk = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=grid.groups)
             self._chunks.append(chunk)
             self.layers.update({str(number): layer for number, layer in zip(numbers, chunk.layers, strict=True)})
-        if grid.sequence_parallel and _LAYERS_RNG not in get_cuda_rng_tracker().get_states():
-            # mcore's block switches to this generator state around its layers and fails where nobody has made it, as in
-            # evaluation, which seeds nothing. No layer here draws from it: see `Pass.seed`.
-            get_cuda_rng_tracker().add(_LAYERS_RNG, torch.initial_seed())
 
     def is_first(self, chunk: int) -> bool:
         """Whether this rank's `chunk` is the first virtual stage of the tower: it embeds."""

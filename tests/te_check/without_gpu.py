@@ -1,0 +1,93 @@
+"""Transformer Engine's modules on a CPU: its device checks answered, and where a test asks for it its kernels replaced.
+
+Constructors, arguments, FP8 bookkeeping and Megatron-core's wrappers are the real ones. What is replaced are products,
+norms and attention, by plain PyTorch of the same definition.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+
+@contextmanager
+def constructible() -> Iterator[None]:
+    """Lets Transformer Engine's modules be built, on the CPU, as on an H100."""
+    cpu = torch.device("cpu")
+    answers = {
+        "is_available": True, "current_device": cpu, "get_device_capability": (9, 0), "get_device_name": "H100 (mock)",
+        "get_device_properties": SimpleNamespace(major=9, minor=0, name="H100 (mock)"),
+        "is_current_stream_capturing": False, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=answer)))
+        yield
+
+
+def _linear(self: Any, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+    """te.pytorch.Linear.forward by what it promises: transfers, product, bias."""
+    calls = self.__dict__.setdefault("calls", [])
+    calls.append(_state(x, is_first_microbatch))
+    group, together = self.tp_group, self.tp_size > 1
+    if self.parallel_mode == "column" and together:
+        gather = mappings.gather_from_sequence_parallel_region
+        x = (gather if self.sequence_parallel else mappings.copy_to_tensor_model_parallel_region)(x, group=group)
+    bias = self.bias if self.use_bias else None
+    if self.parallel_mode == "column" or not together:
+        return F.linear(x, self.weight, bias)
+    scatter = mappings.reduce_scatter_to_sequence_parallel_region
+    add = scatter if self.sequence_parallel else mappings.reduce_from_tensor_model_parallel_region
+    out = add(F.linear(x, self.weight), group=group)
+    return out if bias is None else out + bias
+
+
+def _state(x: Tensor, is_first_microbatch: bool | None) -> dict[str, Any]:
+    """What a product would see of Transformer Engine's global state."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager as State
+
+    return {
+        "rows": x.shape[:-1].numel(), "first": is_first_microbatch, "fp8": State.is_fp8_enabled(),
+        "recipe": State.get_fp8_recipe() if State.is_fp8_enabled() else None, "group": State.get_fp8_group(),
+        "grad": torch.is_grad_enabled(),
+    }  # fmt: skip
+
+
+def _layer_norm(self: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def _attention(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, attn_mask_type: str
+) -> Tensor:
+    """te.pytorch.DotProductAttention.forward in its default layout, sbhd."""
+    assert self.qkv_format == "sbhd" and attention_mask is None
+    assert query.shape[2] == self.num_attention_heads // self.tp_size
+    causal = {"causal": True, "no_mask": False}[attn_mask_type]
+    batch_first = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+    out = F.scaled_dot_product_attention(*batch_first, is_causal=causal, scale=self.softmax_scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+@contextmanager
+def computable() -> Iterator[None]:
+    """`constructible`, and Transformer Engine's products, norms and attention in plain PyTorch."""
+    import transformer_engine.pytorch as te
+
+    replaced = {
+        te.Linear: _linear, te.LayerNorm: _layer_norm, te.RMSNorm: _rms_norm, te.DotProductAttention: _attention,
+    }  # fmt: skip
+    with constructible(), ExitStack() as stack:
+        for owner, forward in replaced.items():
+            stack.enter_context(mock.patch.object(owner, "forward", forward))
+        yield
