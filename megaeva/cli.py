@@ -248,6 +248,7 @@ def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a contrastive run.", show_default=False)],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Folder of eval.json.", show_default="RUN_DIR")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The average of its weights (optim.ema_decay).")] = False,
     processes: Processes = 1,
     threads: Threads = None,
 ) -> None:
@@ -264,7 +265,8 @@ def evaluate(
     layout = eval_layout(cfg, processes, overrides or [])
     from megaeva.loop.launch import run_module
 
-    arguments = [str(run_dir), "--output", str(output or home), *(overrides or []), *layout]
+    average = ["--ema"] if ema else []
+    arguments = [str(run_dir), "--output", str(output or home), *average, *(overrides or []), *layout]
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
     log_path = (output or home) / "eval.log"
     run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
@@ -294,6 +296,7 @@ def convert(
         Literal["upstream", "timm"], typer.Option(help="Bicubic as EVA-CLIP's scripts, or antialiased as timm.")
     ] = "upstream",
     shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest file of a folder of safetensors.")] = 5.0,
+    ema: Annotated[bool, typer.Option("--ema", help="Of a run, the average of its weights (optim.ema_decay).")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare outputs with those of open_clip, timm or transformers.")
     ] = False,
@@ -315,6 +318,7 @@ def convert(
         patch_size=patch_size,
         resize=resize,
         shard_bytes=int(shard_gib * 2**30),
+        averaged=ema,
         check=check,
     )
     for line in lines:

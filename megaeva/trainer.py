@@ -21,6 +21,7 @@ from megaeva.eval.run import format_results
 from megaeva.model.fp8 import fp8_figures, fp8_step, require_fp8
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer, kernels_line
+from megaeva.optim.ema import averaged_weights, update_average
 from megaeva.optim.guard import StepGuard, Verdict
 from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
@@ -65,7 +66,7 @@ class Trainer:
             )
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.guard = StepGuard(cfg.train.spike_guard, self.optimizer.scale)
-        self.begun_anew = 0
+        self.begun_anew: list[str] = []
         self.next_step = self._load(newest) if newest else 0
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
         self.last_save_at = time.monotonic()
@@ -88,9 +89,7 @@ class Trainer:
                     world_size=runtime.world_size, shards=self.loader.shards, phases=self.loader.phases, starts=starts
                 )
                 self.record.write_json("manifest.json", made_with)
-        resumed = [f"resuming step {self.next_step} from {newest}"] if newest else []
-        if self.begun_anew:
-            resumed.append(f"FP8 scales and histories begin anew: the checkpoint lacks {self.begun_anew} of them")
+        resumed = [f"resuming step {self.next_step} from {newest}", *self.begun_anew] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         rates = rate_lines(cfg) if runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
@@ -154,7 +153,10 @@ class Trainer:
             if self._leave_out(verdict, batch):
                 return {}
         self.next_step = step + 1
-        return figures | self.guard.figures() | self.task.after_step()
+        figures |= self.guard.figures() | self.task.after_step()
+        if verdict.action == "update" and self.cfg.optim.ema_decay is not None:
+            update_average(self.optimizer, self.cfg.optim.ema_decay)
+        return figures
 
     def next_batch(self) -> tuple[Batch, bool, int]:
         """The next batch, whether all ranks save before it, and the signal that stops them before it or 0.
@@ -214,11 +216,16 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Measure the model as it is, after a save in flight is finished: none is lost to a mistake in the evaluation
-        sets. All ranks call it."""
+        sets. All ranks call it. With optim.ema_decay the average of its weights too, as `ema/<set>`."""
         self.saves.finish()
         watch.at("evaluating")
         finish_parameter_gather(self.task.towers)
-        results = self.task.evaluate()
+        averaged = {}
+        if self.cfg.optim.ema_decay is not None:
+            with averaged_weights(self.optimizer):
+                averaged = {f"ema/{name}": values for name, values in self.task.evaluate().items()}
+        # Last, so that the examples it leaves in the run folder are of the weights themselves.
+        results = self.task.evaluate() | averaged
         if results:
             self.record.results(self.next_step, results)
             self.record.say(format_results(results))
@@ -256,7 +263,12 @@ class Trainer:
         """Restore weights, optimizer and data position; returns the next step."""
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
         self.loader.load_state_dicts(state.loader_states)
-        self.begun_anew = state.begun_anew
+        if state.begun_anew:
+            self.begun_anew.append(
+                f"FP8 scales and histories begin anew: the checkpoint lacks {state.begun_anew} of them"
+            )
+        if state.average_begins:
+            self.begun_anew.append("the average of the weights begins as a copy of them: the checkpoint has none")
         if guard := state.extra.get("guard"):
             self.guard.load_state_dict(guard)
         self._load_scale(state.extra)

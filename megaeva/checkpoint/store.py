@@ -17,7 +17,7 @@ from megaeva import __version__
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
 from megaeva.checkpoint.convert.sidecar import contents_info
-from megaeva.checkpoint.pieces import RUN_STATE, Piece, module_pieces, run_state_pieces, state_pieces
+from megaeva.checkpoint.pieces import AVERAGE, RUN_STATE, Piece, module_pieces, run_state_pieces, state_pieces
 from megaeva.checkpoint.torch_dist import FileIndex, FileWriter, Reader, first_line, write_index
 from megaeva.config.schema import Config
 from megaeva.data.tokenizer import read_subset
@@ -46,12 +46,14 @@ class LoadedState:
         loader_states: what each data block passed to `begin`, in their order; the number of blocks is the saving run's.
         extra: what was passed to `begin`.
         begun_anew: how many tensors of `pieces.run_state_pieces` the checkpoint does not have, or has in another shape.
+        average_begins: the run keeps an average of the weights and the checkpoint has none; it is now a copy of them.
     """
 
     step: int
     loader_states: list[dict[str, Any]]
     extra: dict[str, Any]
     begun_anew: int = 0
+    average_begins: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,14 +256,18 @@ class CheckpointStore:
             _check_same_run(path, info, config, _clip_ids(config))
             with self._another_instead(path):
                 reader = Reader(path)
-            wanted = _pieces(towers, optimizer)
+            averaged = any(key.startswith(AVERAGE) for key in reader.infos)
+            wanted = [p for p in _pieces(towers, optimizer) if averaged or not p.key.startswith(AVERAGE)]
             pieces = [piece for piece in wanted if not piece.key.startswith(RUN_STATE) or _has(reader, piece)]
             _check_pieces(reader, pieces)
         with together("reading a checkpoint"), self._another_instead(path):
             reader.read_pieces(pieces)
         reader.close()
         optimizer.set_num_steps(info["optimizer_steps"])
-        return LoadedState(info["step"], info["loader"], info["extra"], len(wanted) - len(pieces))
+        begins = config.optim.ema_decay is not None and not averaged
+        if begins:
+            _begin_averages(towers, optimizer)
+        return LoadedState(info["step"], info["loader"], info["extra"], len(wanted) - len(pieces), begins)
 
     @contextmanager
     def _another_instead(self, path: Path) -> Iterator[None]:
@@ -323,6 +329,12 @@ def _pieces(towers: Sequence[Tower], optimizer: Optimizer) -> list[Piece]:
             pieces += state_pieces(keys[parameter], parameter, start, state, tower.grid, is_shard=is_shard)
         pieces += run_state_pieces(tower.module, prefix, tower.grid)
     return pieces
+
+
+def _begin_averages(towers: Sequence[Tower], optimizer: Optimizer) -> None:
+    for tower in towers:
+        for _, _, state, _ in optimizer.held_state(tower.name):
+            state["ema"].copy_(state["param"].detach())
 
 
 def _has(reader: Reader, piece: Piece) -> bool:

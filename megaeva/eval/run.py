@@ -1,4 +1,4 @@
-"""torchrun -m megaeva.eval.run RUN_DIR [--output FOLDER] [key.path=value ...]
+"""torchrun -m megaeva.eval.run RUN_DIR [--output FOLDER] [--ema] [key.path=value ...]
 
 Measures a trained CLIP on the sets of its own recipe, or on others given as `eval.retrieval.NAME.shards=[...]`. Works
 alone or under torchrun, with any number of processes (see `eval_layout`). Exit codes: those of `megaeva.train`.
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megaeva.config.schema import Config
@@ -24,20 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="run folder of a contrastive run, or one checkpoint of it")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the run's recipe")
     parser.add_argument("--output", type=Path, help="folder of eval.json and predictions.json; default: the run folder")
+    parser.add_argument("--ema", action="store_true", help="measure the average of the weights (optim.ema_decay)")
     options = parser.parse_intermixed_args(argv)
 
     def run() -> int:
-        evaluate_run(options.run_dir, options.overrides, options.output)
+        evaluate_run(options.run_dir, options.overrides, options.output, averaged=options.ema)
         return 0
 
     return explain_end(run)
 
 
-def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = None) -> dict[str, dict[str, float]]:
+def evaluate_run(
+    run_dir: Path, overrides: Sequence[str], output: Path | None = None, *, averaged: bool = False
+) -> dict[str, dict[str, float]]:
     """The figures of `megaeva.eval.harness.evaluate`, also written to `<output>/eval.json`. All ranks call it.
 
+    Args:
+        averaged: of the averages of the weights; sets are then called `ema/<set>`, as by the trainer.
+
     Raises:
-        UserError: the folder is not of a contrastive run, names no set, or cannot be read.
+        UserError: the folder is not of a contrastive run, names no set, cannot be read, or has no averages.
     """
     from megaeva.config import load
 
@@ -56,10 +63,12 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
     layout = eval_layout(cfg, int(os.environ.get("WORLD_SIZE", "1")), overrides)
     cfg = load(home / "config.yaml", [*overrides, *layout])
     # Imported here: mistakes above are told before torch and Megatron-core are loaded.
-    from megaeva.checkpoint.weights import load_weights
+    from megaeva.checkpoint.convert.start import open_weights
+    from megaeva.checkpoint.weights import agreed_path, load_weights
     from megaeva.config.topology import grid_axes
     from megaeva.eval.harness import evaluate
     from megaeva.model import build_clip
+    from megaeva.parallel.collectives import together
     from megaeva.parallel.grid import build_grids
     from megaeva.parallel.runtime import start, stop
 
@@ -74,11 +83,16 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], output: Path | None = 
             layer_spec=runtime.layer_spec,
             device=runtime.device,
         )
-        load_weights(run_dir, {name: (getattr(model, name), grids[name]) for name in ("vision", "text", "scale")})
+        with together("opening weights"):
+            weights = open_weights(agreed_path(run_dir), averaged=averaged)
+        with closing(weights):
+            load_weights(weights, {name: (getattr(model, name), grids[name]) for name in ("vision", "text", "scale")})
         folder = output or home
         results = evaluate(
             model, cfg, grid=grids["data"], device=runtime.device, predictions=folder / "predictions.json"
         )
+        if averaged:
+            results = {f"ema/{name}": values for name, values in results.items()}
         if runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -23,11 +23,16 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Side:
-    """A file as it is compared: where, in which format, and the model it is of (None: what lies beside it says so)."""
+    """A file as it is compared: where, in which format, and the model it is of (None: what lies beside it says so).
+
+    Attributes:
+        averaged: of a run, the averages of its weights.
+    """
 
     path: Path
     format_name: str
     model: ModelSection | str | None = None
+    averaged: bool = False
 
 
 @torch.no_grad()
@@ -44,7 +49,7 @@ def compare(ours: Side, others: list[Side], clip_ids: tuple[int, ...] | None = N
     Raises:
         CheckpointError: they differ by more than rounding does.
     """
-    source, what, _, _ = open_in_ours(ours.path, ours.model)
+    source, what, _, _ = open_in_ours(ours.path, ours.model, averaged=ours.averaged)
     try:
         batches = _inputs(what)
         results = {"vision": _vision(source, what, batches["vision"])}

@@ -28,12 +28,14 @@ def run_convert(
     patch_size: int | None,
     resize: Method,
     shard_bytes: int,
+    averaged: bool,
     check: bool,
 ) -> Iterator[str]:
     """Does it, and yields the lines for the user.
 
     Args:
         model: what the source is, where neither it nor the configuration beside it says so.
+        averaged: write the averages of a run's weights in their place.
         check: run source and destination in the implementations of their formats too, and compare.
 
     Raises:
@@ -42,7 +44,7 @@ def run_convert(
     _require_known(to)
     if to == ONNX:
         refuse_existing(destination)
-        weights, what, source_format, notes = open_in_ours(source, model)
+        weights, what, source_format, notes = open_in_ours(source, model, averaged=averaged)
         try:
             vision = what.model.vision
             sizes = (image_size or vision.image_size, patch_size or vision.patch_size)
@@ -68,11 +70,12 @@ def run_convert(
             patch_size=patch_size,
             resize=resize,
             shard_bytes=shard_bytes,
+            averaged=averaged,
         )
         yield from report.lines()
         what = report.contents
     if check:
-        yield from _check(source, model, destination, to, what)
+        yield from _check(source, model, averaged, destination, to, what)
 
 
 def _require_known(to: str) -> None:
@@ -85,15 +88,17 @@ def _require_known(to: str) -> None:
         )
 
 
-def _check(source: Path, model: ModelSection | str | None, destination: Path, to: str, made: Contents) -> Iterator[str]:
+def _check(
+    source: Path, model: ModelSection | str | None, averaged: bool, destination: Path, to: str, made: Contents
+) -> Iterator[str]:
     """Compares what was converted: outputs of megaeva with those of the implementations of both formats.
 
     Args:
         made: what the destination holds.
     """
-    weights, what, source_format, _ = open_in_ours(source, model)
+    weights, what, source_format, _ = open_in_ours(source, model, averaged=averaged)
     weights.close()
-    given = Side(source, source_format, model)
+    given = Side(source, source_format, model, averaged)
     others = []
     same_size = _size(what) == _size(made)
     if source_format != MEGAEVA and (same_size or to == ONNX):

@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor
 
 from megaeva.config.schema import Config, OptimSection
+from megaeva.optim.ema import start_average
 from megaeva.optim.lamb import Lamb, ShardMap, multi_tensor_package
 from megaeva.optim.loss_scale import LossScale
 from megaeva.optim.param_groups import find_rule, param_groups
@@ -51,6 +52,8 @@ def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimize
         parameters[tower.name] = [p for p in tower.module.parameters() if p.requires_grad]
         optimizers[tower.name] = _tower_optimizer(tower, parameters[tower.name], config, cfg, scale)
     optimizer = TowerOptimizers(optimizers, parameters, scale)
+    if cfg.optim.ema_decay is not None:
+        start_average(optimizer)
     return optimizer, LearningRate(optimizer, cfg)
 
 

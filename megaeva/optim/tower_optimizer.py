@@ -16,6 +16,8 @@ from megaeva.optim.loss_scale import LossScale
 
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter, fp32 and of its shape: the main copy and two moments."""
+AVERAGE = "ema"
+"""Beside them in a run with optim.ema_decay; see ema.py."""
 
 
 class HeldState(NamedTuple):
@@ -24,7 +26,8 @@ class HeldState(NamedTuple):
     Attributes:
         parameter: this rank's piece of the model's parameter.
         start: the first element held, in the flattened piece.
-        state: {param, exp_avg, exp_avg_sq}: the live fp32 tensors, of the piece's shape or, of a shard, flat.
+        state: {param, exp_avg, exp_avg_sq} and perhaps ema: the live fp32 tensors, of the piece's shape or, of a shard,
+            flat.
         is_shard: each data-parallel rank holds its own elements (ZeRO-1), not all of them.
     """
 
@@ -37,6 +40,8 @@ class HeldState(NamedTuple):
 def main_state(optimizer: MegatronOptimizer, parameter: Any) -> dict[str, Tensor]:
     """{param, exp_avg, exp_avg_sq} of a model parameter as the optimizer holds them: fp32, whole or this rank's shard.
 
+    And ema, the parameter's average over the run, where one is kept.
+
     Raises:
         KeyError: under the distributed optimizer, when this rank owns no part of the parameter.
     """
@@ -47,7 +52,7 @@ def main_state(optimizer: MegatronOptimizer, parameter: Any) -> dict[str, Tensor
         # Float16OptimizerWithFloat16Params leaves its fp32 copy on the parameter; an fp32 parameter is its own.
         main = getattr(parameter, "main_param", parameter)
     state = optimizer.optimizer.state[main]
-    return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return {"param": main} | {key: state[key] for key in ("exp_avg", "exp_avg_sq", AVERAGE) if key in state}
 
 
 class TowerOptimizers(ChainedOptimizer):

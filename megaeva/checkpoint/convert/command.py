@@ -73,6 +73,7 @@ def convert(
     patch_size: int | None = None,
     resize: Method = "upstream",
     shard_bytes: int = MAX_SHARD_BYTES,
+    averaged: bool = False,
 ) -> Converted:
     """Writes the weights of a file, folder or run in another format. Never is more than a few tensors in memory.
 
@@ -85,6 +86,7 @@ def convert(
         image_size, patch_size: of the destination; None as the source.
         resize: how position embeddings and patch kernels follow; see resize.py.
         shard_bytes: most bytes of a file, of formats that may have several.
+        averaged: the averages of a run's weights, fp32, in their place.
 
     Raises:
         CheckpointError: of one of the two, or of the pair: says which, what must be and what to do.
@@ -93,7 +95,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     target = find_format(to)
     refuse_existing(destination)
-    weights, contents, source_format, notes = open_in_ours(source, model)
+    weights, contents, source_format, notes = open_in_ours(source, model, averaged=averaged)
     try:
         before = contents.model.vision
         sizes = image_size or before.image_size, patch_size or before.patch_size
@@ -146,16 +148,19 @@ def find_format(name: str) -> Format | None:
     )
 
 
-def open_in_ours(path: Path, model: ModelSection | str | None) -> tuple[TensorSource, Contents, str, list[str]]:
+def open_in_ours(
+    path: Path, model: ModelSection | str | None, *, averaged: bool = False
+) -> tuple[TensorSource, Contents, str, list[str]]:
     """Returns a source in our names, what it is, its format's name, and what has to be said about that.
 
     Args:
         model: what it is, where neither it nor the configuration beside it says so.
+        averaged: of a run, the averages of its weights in their place.
 
     Raises:
         CheckpointError: as `convert`.
     """
-    opened = open_source(path)
+    opened = open_source(path, averaged=averaged)
     try:
         source = Finite(opened)
         if isinstance(opened, RunSource):

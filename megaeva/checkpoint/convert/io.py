@@ -22,19 +22,25 @@ _WEIGHTS = tuple(
 """What Hugging Face, open_clip and timm look for in a folder, in this order."""
 
 
-def open_source(path: str | Path) -> TensorSource:
+def open_source(path: str | Path, *, averaged: bool = False) -> TensorSource:
     """Opens a file or folder of tensors for reading; only headers are read.
 
     Args:
         path: zip file of torch.save or TorchScript, safetensors, index of shards, or a folder that holds one; a run's
             folder or one checkpoint of it, whose optimizer is left out.
+        averaged: of a run, the averages of its weights in their place.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it would have to be unpickled with code.
+        CheckpointError: there is none, it is damaged, it would have to be unpickled with code, or it has no averages.
     """
     path = Path(path)
     if layout.is_run(path):
-        return RunSource(path)
+        return RunSource(path, averaged=averaged)
+    if averaged:
+        raise CheckpointError(
+            f"{path} is no run, so it has no averaged weights; --ema needs the run folder of a training run; "
+            "name it, or leave --ema out."
+        )
     file = find_weights(path)
     try:
         return PlacedTensors(path, _shards(file) if file.name.endswith(_INDEX) else _file_places(file))

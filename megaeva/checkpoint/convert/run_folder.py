@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megaeva.checkpoint import layout
+from megaeva.checkpoint.average import checkpoint_reader
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.destination import Destination
 from megaeva.checkpoint.convert.sidecar import contents_info, info_contents
 from megaeva.checkpoint.record import DTYPES
 from megaeva.checkpoint.tensors import TensorInfo
-from megaeva.checkpoint.torch_dist import FileWriter, Reader, write_index
+from megaeva.checkpoint.torch_dist import FileWriter, write_index
 from megaeva.errors import CheckpointError
 
 
@@ -31,18 +32,18 @@ def run_contents(checkpoint: Path, infos: Mapping[str, TensorInfo] | None = None
 
 
 class RunSource:
-    """The weights of a checkpoint, without optimizer; of a run, of its newest. A `TensorSource`.
+    """The weights of a checkpoint, without optimizer, or their averages; of a run, of its newest. A `TensorSource`.
 
     Attributes:
         reader: of all that the checkpoint holds.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, averaged: bool = False) -> None:
         """Raises:
-        CheckpointError: no finished checkpoint there, or a damaged one.
+        CheckpointError: no finished checkpoint there, a damaged one, or one without averages.
         """
         self.path = layout.find_checkpoint(path)
-        self.reader = Reader(self.path)
+        self.reader = checkpoint_reader(self.path, averaged=averaged)
         self.infos: Mapping[str, TensorInfo] = self.reader.weights
 
     def read(self, name: str) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megaeva.checkpoint import layout
+from megaeva.checkpoint.average import checkpoint_reader
 from megaeva.checkpoint.convert import identify, ours
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
@@ -17,7 +18,6 @@ from megaeva.checkpoint.convert.run_folder import run_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
-from megaeva.checkpoint.torch_dist import Reader
 from megaeva.config.schema import ModelSection
 from megaeva.errors import CheckpointError
 
@@ -68,6 +68,7 @@ def open_weights(
     model: ModelSection | None = None,
     parts: Sequence[Part] = (),
     clip_ids: tuple[int, ...] | None = None,
+    averaged: bool = False,
 ) -> Weights:
     """Opens a run's newest checkpoint, one checkpoint, or a file of any supported format. Each rank for itself.
 
@@ -78,14 +79,15 @@ def open_weights(
             fit alike; and where they fit none, a file that fits this model, at its own image and patch size, is of it.
         parts: towers that the recipe takes from the file, which decide between variants.
         clip_ids: the part of CLIP's vocabulary that the recipe has; those rows are taken of a file that has all.
+        averaged: of a run, the averages of its weights in their place.
 
     Raises:
-        CheckpointError: it cannot be read, is of no known format, or of a model that cannot be told.
+        CheckpointError: it cannot be read, is of no known format, of a model that cannot be told, or has no averages.
     """
     path = Path(path)
     if layout.is_run(path):
-        return _open_run(path)
-    source = Finite(open_source(path))
+        return _open_run(path, averaged)
+    source = Finite(open_source(path, averaged=averaged))
     try:
         form = identify.recognise(source)
         contents, notes = _identified(source, form, model, parts)
@@ -103,9 +105,9 @@ def open_weights(
     return Weights(imported, imported.infos, contents, form.name, tuple(notes), dropped)
 
 
-def _open_run(path: Path) -> Weights:
+def _open_run(path: Path, averaged: bool) -> Weights:
     checkpoint = layout.find_checkpoint(path)
-    reader = Reader(checkpoint)
+    reader = checkpoint_reader(checkpoint, averaged=averaged)
     notes = () if reader.has_checksums else ("no checksums: it was written before there were any",)
     return Weights(reader, reader.weights, run_contents(checkpoint, reader.weights), "megaeva", notes)
 
