@@ -61,7 +61,7 @@ class Case:
     task: str
     variant: str
     num_steps: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     frozen: tuple[Literal["vision", "text"], ...] = ()
 
     @property

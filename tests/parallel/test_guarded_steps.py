@@ -30,7 +30,7 @@ SPIKES = (3, 6)
 MEASURED = ("wall_time", "samples_per_second", "data_wait_share", "memory_gib")
 
 
-def recipe(folder: Path, name: str, **train: Any) -> Config:
+def recipe(folder: Path, name: str, *, asynchronous: bool = False, **train: Any) -> Config:
     return trainer_recipe(
         folder,
         name,
@@ -38,7 +38,7 @@ def recipe(folder: Path, name: str, **train: Any) -> Config:
         model=model(vision_layers=1, text_layers=1),
         optim={"vision": {"lr": 1e-3}, "clip_grad_norm": 1.0},
         parallel={"vision": {"tp": 2}, "text": {"tp": 2}, "overlap_param_gather": True},
-        save={"every_steps": SAVED_AT},
+        save={"every_steps": SAVED_AT, "asynchronous": asynchronous},
         train={
             "total_samples": 8 * STEPS, "global_batch_size": 8, "micro_batch_size": 4, "log_every_steps": 1,
             "precision": "fp32",
@@ -130,7 +130,7 @@ def scenario(runtime: Runtime, folder: str) -> dict[str, Any]:
     fp16 = overflow_on_one_rank(runtime, recipe(root, "fp16", precision="fp16", fp16={"initial_scale": 256.0}))
 
     guard = {"action": "roll_back", "window": 3, "loss_ratio": 50.0, "grad_norm_ratio": None}
-    whole = Run(runtime, recipe(root, "whole", spike_guard=guard))
+    whole = Run(runtime, recipe(root, "whole", asynchronous=True, spike_guard=guard))
     whole.trainer.fit()
     cut = Run(runtime, recipe(root, "cut", spike_guard=guard), dies_at=SPIKES[1] + 2)
     with pytest.raises(Died):
