@@ -418,6 +418,16 @@ def bench_normalize_pack(
         typer.echo(line)
 
 
+@bench_app.command("fp8-gemm")
+@explained
+def bench_fp8_gemm() -> None:
+    """Hold the products of emulated FP8 linears to mmaemu's, which have an H100's bits; needs mmaemu (extra test)."""
+    from megaeva.bench.fp8_gemm import report
+
+    for line in report():
+        typer.echo(line)
+
+
 @bench_app.command("data")
 @explained
 def bench_data(
@@ -491,6 +501,27 @@ def bench_layouts(
     from megaeva.bench.command import run_layouts
 
     raise typer.Exit(0 if run_layouts(recipe, samples, seed_numbers(seeds), run_dir) else 1)
+
+
+@bench_app.command("fp8")
+@explained
+def bench_fp8(
+    recipe: Annotated[Path, typer.Option(help="A loop; its controls are left out.")] = Path("recipes/demo.yaml"),
+    precisions: Annotated[
+        str, typer.Option(help="Of every stage; bf16 must be among them.")
+    ] = "fp32,bf16,fp8_delayed,fp8_current",
+    seeds: Annotated[str, typer.Option()] = "0,1,2",
+    jobs: Annotated[int, typer.Option(min=1, help="Chains side by side, each on one thread.")] = 2,
+    run_dir: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/bench_fp8"),
+    out: Annotated[Path, typer.Option(help="Where fp8.json and fp8_curves.svg go.")] = Path("benchmarks"),
+) -> None:
+    """Train a chain in fp32, bf16 and emulated FP8, and compare the recall.
+
+    The same command again continues where it stopped. Exit code 1 if a precision is more than a point from bf16.
+    """
+    from megaeva.bench.command import run_fp8
+
+    raise typer.Exit(0 if run_fp8(recipe, precisions.split(","), seed_numbers(seeds), run_dir, out, jobs) else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -167,6 +168,28 @@ def run_layouts(recipe: Path, samples: int | None, seeds: Sequence[int], run_dir
     write_json(comparison, recipe, run_dir / "layouts.json")
     print_comparison(comparison, console)
     return not any(layout.fault for layout in comparison.layouts)
+
+
+def run_fp8(recipe: Path, precisions: Sequence[str], seeds: Sequence[int], run_dir: Path, out: Path, jobs: int) -> bool:
+    """Makes what is left of the chains, prints rows for benchmarks/log.md, writes fp8.json and fp8_curves.svg.
+
+    Returns whether every precision's recall is as near to bf16's as it must be.
+
+    Raises:
+        UserError: a mistake in the options or recipe, or a chain that failed.
+    """
+    from megaeva.bench import fp8
+
+    chains = fp8.plan_chains(recipe, precisions, seeds, run_dir)
+    fp8.run_chains(chains, jobs)
+    results = fp8.measured(chains)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fp8.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    fp8.draw_curves(results, out / "fp8_curves.svg")
+    command = f"megaeva bench fp8 --precisions {','.join(precisions)} --seeds {','.join(map(str, seeds))}"
+    for line in fp8.table_lines(results, command):
+        print(line)
+    return fp8.within_limit(results)
 
 
 def find_model(name: str) -> ModelSection:

@@ -80,7 +80,13 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 
 def row(*cells: str) -> str:
     """A row of benchmarks/log.md: date, measured commit, `cells`, machine."""
-    return "| " + " | ".join((f"{datetime.now(UTC):%Y-%m-%d}", _commit(), *cells, _machine())) + " |"
+    what = commit_and_machine()
+    return "| " + " | ".join((what["date"], what["commit"], *cells, what["machine"])) + " |"
+
+
+def commit_and_machine() -> dict[str, str]:
+    """The date, what is measured and where, under the names of the log's columns."""
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": _commit(), "machine": _machine()}
 
 
 def _spread(values: Iterable[float]) -> Spread:
