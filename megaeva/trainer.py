@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megaeva.checkpoint.background import Saves
 from megaeva.checkpoint.store import CheckpointStore
@@ -193,7 +193,6 @@ class Trainer:
             extra = {
                 "samples": self.next_step * self.cfg.train.global_batch_size,
                 "guard": self.guard.state_dict(),
-                "loss_scale": self.optimizer.scale and self.optimizer.scale.state_dict(),
             }
             save = self.store.begin(
                 self.next_step,
@@ -269,14 +268,8 @@ class Trainer:
             )
         if state.average_begins:
             self.begun_anew.append("the average of the weights begins as a copy of them: the checkpoint has none")
-        if guard := state.extra.get("guard"):
-            self.guard.load_state_dict(guard)
-        self._load_scale(state.extra)
+        self.guard.load_state_dict(state.extra.get("guard"))
         return state.step
-
-    def _load_scale(self, extra: dict[str, Any]) -> None:
-        if self.optimizer.scale and (saved := extra.get("loss_scale")):
-            self.optimizer.scale.load_state_dict(saved)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.cfg.train.log_every_steps == 0 or step == self.cfg.train.total_steps
@@ -310,14 +303,13 @@ class Trainer:
         return checkpoint is not None
 
     def _go_back(self, checkpoint: Path) -> None:
-        """Take weights, optimizer, step and the guard's window of a checkpoint of this run; data go on where they are.
+        """Take weights, optimizer and step of a checkpoint of this run. All ranks call it.
 
-        The step is the clock of the learning rate and the phases' randomness; samples between are not seen again.
+        Data go on after the spike: samples between are not seen again, and phases of the data end so much earlier.
         """
         finish_parameter_gather(self.task.towers)
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
-        self.guard.load_window(state.extra["guard"])
-        self._load_scale(state.extra)
+        self.guard.go_back(state.extra.get("guard"))
         self.next_step = state.step
         # With another place in the data it is another state, to be saved again in place of that checkpoint.
         self.saves.begun = state.step - 1

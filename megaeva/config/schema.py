@@ -294,13 +294,20 @@ class Fp16Section(Section):
 
 
 class SpikeGuardSection(Section):
-    """What happens to a step whose loss or gradient norm stands out of the steps before it."""
+    """What happens to a step whose loss or gradient norm stands out of the steps before it.
+
+    Until `window` steps are accepted nothing is a spike; from then on a loss or norm that is not finite is one.
+    """
 
     action: Literal["skip", "roll_back"] = Field(
-        "skip", description="skip: no update; roll_back: to the last checkpoint, going on with the data after the spike"
+        "skip",
+        description="skip: no update; roll_back: to weights, optimizer and step of the last checkpoint, going on with "
+        "the data after the spike",
     )
-    window: int = Field(100, ge=2, description="accepted steps whose median is the measure; none is judged before")
-    loss_ratio: float | None = Field(2.0, gt=1.0, description="a spike is a loss above this times the median")
+    window: int = Field(100, ge=2, description="accepted steps whose median is the measure")
+    loss_ratio: float | None = Field(
+        2.0, gt=1.0, description="a spike is a loss above this times the median; a negative one, as far above it"
+    )
     grad_norm_ratio: float | None = Field(10.0, gt=1.0, description="or a gradient norm above this times the median")
     max_spikes: int = Field(10, ge=1, description="so many without `window` accepted steps between stop the run")
 

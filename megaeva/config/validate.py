@@ -231,10 +231,26 @@ def _saving(cfg: Config) -> Iterator[Problem]:
             yield Problem(key, "must be above 0", "use null for never")
 
 
+def _guarded(cfg: Config) -> Iterator[Problem]:
+    fp16, guard = cfg.train.fp16, cfg.train.spike_guard
+    if fp16.min_scale > fp16.initial_scale:
+        yield Problem(
+            "train.fp16.min_scale",
+            f"must not exceed train.fp16.initial_scale={fp16.initial_scale:g}",
+            "use a smaller one, e.g. 1",
+        )
+    if guard and guard.action == "roll_back" and cfg.save.every_steps is None and cfg.save.every_minutes is None:
+        yield Problem(
+            "train.spike_guard.action",
+            "needs checkpoints to go back to, and none is saved on the way",
+            "set save.every_steps or save.every_minutes, or use skip",
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
     _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _frozen,
-    _warmup, _micro_batch, _saving, *FP8_RULES,
+    _warmup, _micro_batch, _saving, _guarded, *FP8_RULES,
 )  # fmt: skip
 
 

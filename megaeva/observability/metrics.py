@@ -20,6 +20,15 @@ class MetricLog:
     the string "nan", "inf" or "-inf", because JSON has no such numbers. Each line is flushed as it is written, so a
     killed process loses none that it logged.
 
+    Of a training run, every `train.log_every_steps` steps, of that step:
+
+    - `loss`; `lr/<tower>`, before layer decay; `grad_norm` over all towers and `grad_norm/<tower>`, before clipping and
+      without the loss scale; `logit_scale`, after the step.
+    - `update_rms/<tower>`: the root of the mean square, over all parameters of the tower, of what the step changed them
+      by: in their fp32 main copies, learning rate and weight decay included.
+    - `skipped_steps`: of the whole run so far, with fp16 or a spike guard; such a step has no figures by tower.
+      `loss_scale`: by which it was computed. `fp8_amax/<tower>/<role>` and `fp8_filled`: see `model.fp8.fp8_figures`.
+
     There is no collective inside: any rank may construct it, one rank writes.
 
     Args:

@@ -72,18 +72,23 @@ class StepGuard:
             "num_spikes": self._num_spikes,
             "last_spike": self._last_spike,
             "num_skipped": self.num_skipped,
+            "loss_scale": None if self._scale is None else self._scale.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the run that saved it."""
-        self.load_window(state)
-        self._num_spikes, self._last_spike = state["num_spikes"], state["last_spike"]
-        self.num_skipped = state["num_skipped"]
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue as the run that saved it; None: of a megaeva that did not, as a run that starts."""
+        if state is not None:
+            self.go_back(state)
+            self._num_spikes, self._last_spike = state["num_spikes"], state["last_spike"]
+            self.num_skipped = state["num_skipped"]
 
-    def load_window(self, state: dict[str, Any]) -> None:
-        """Go back to the accepted steps of then; spikes since are remembered, or the run could go round in circles."""
-        self._losses = deque(state["losses"], self._losses.maxlen)
-        self._norms = deque(state["grad_norms"], self._norms.maxlen)
+    def go_back(self, state: dict[str, Any] | None) -> None:
+        """To the accepted steps and loss scale of then; spikes since are remembered, or it might never end."""
+        if state is not None:
+            self._losses = deque(state["losses"], self._losses.maxlen)
+            self._norms = deque(state["grad_norms"], self._norms.maxlen)
+            if self._scale is not None and state["loss_scale"] is not None:
+                self._scale.load_state_dict(state["loss_scale"])
 
     def _verdict(self, step: int, loss: float, grad_norm: float) -> Verdict:
         scale, section = self._scale, self._section

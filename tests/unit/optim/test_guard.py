@@ -83,7 +83,7 @@ def test_steps_that_a_roll_back_repeats_are_no_quiet_window() -> None:
     watched = guard(action="roll_back", max_spikes=3)
     saved = watched.state_dict()
     for attempt in range(3):
-        watched.load_window(saved)
+        watched.go_back(saved)
         for step in range(4, 40):
             assert watched.judge(step, 2.0, 1.0).action == "update"
         assert watched.judge(40, 1e3, 1.0).action == ("stop" if attempt == 2 else "roll_back")
@@ -112,7 +112,7 @@ def test_an_overflow_is_no_spike_and_ends_the_run_at_the_smallest_scale(runtime:
     assert [step(2, float("inf")), step(3, float("inf"))] == ["rescale"] * 2
     assert scale.value == 2.0
     resumed = LossScale(Fp16Section())
-    resumed.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    StepGuard(None, resumed).load_state_dict(json.loads(json.dumps(watched.state_dict())))
     assert (resumed.value, resumed.overflowed) == (2.0, False)
     assert watched.figures() == {"skipped_steps": 2, "loss_scale": 4.0}
     assert step(4, float("inf")) == "stop"
