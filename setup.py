@@ -72,6 +72,7 @@ EXTRAS = {
         DALI,  # decodes on a CPU too
         "codespell",
         "hypothesis",
+        "mmaemu",  # an H100's FP8 products, bit for bit
         "mypy",
         "ninja",  # compiles the extension's sources side by side
         "pytest",

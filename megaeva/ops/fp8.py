@@ -129,13 +129,18 @@ def mx_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(amax.isnan(), torch.nan, reciprocal.view(torch.float32))
 
 
+def accumulated(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """The sum of products of two FP8 matrices [M, N] fp32, without scales; a tensor core truncates on the way."""
+    return a_MK.float() @ b_KN.float()
+
+
 def product(a_MK: Quantised, b_KN: Quantised, dtype: torch.dtype, bias_N: Tensor | None = None) -> Tensor:
     """a b + bias [M, N] in `dtype`, accumulated in fp32 and rounded once.
 
     Scales of whole matrices multiply the sum of unscaled products, as cuBLAS does; those of blocks the factors.
     """
     if a_MK.block is None and b_KN.block is None:
-        out = (a_MK.values.float() @ b_KN.values.float()) * (a_MK.inverse * b_KN.inverse)
+        out = accumulated(a_MK.values, b_KN.values) * (a_MK.inverse * b_KN.inverse)
     else:
         out = a_MK.dequantised() @ b_KN.dequantised()
     return (out if bias_N is None else out + bias_N).to(dtype)
