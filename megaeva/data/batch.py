@@ -14,7 +14,7 @@ class Batch:
     """The samples of a data block for one optimizer step, or a slice of them.
 
     Attributes:
-        image_BCHW: fp32, normalised with the CLIP mean and deviation. Of videos, the F frames of a sample are F rows in
+        image_BCHW: fp32, normalised with the CLIP mean and deviation. Of videos, the T frames of a sample are T rows in
             the order of time, and likewise those of keep_BK.
         keys: sample keys, "shard-name/sample-key", for error messages and resume tests.
         token_BL: int64 token ids padded with 0; None in MIM.

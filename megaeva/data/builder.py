@@ -35,7 +35,7 @@ _MEANINGS = {
     "damaged_shard": "the tar ends early",
     "decompression_bomb": "more pixels than data.max_image_pixels",
     "long_video": f"more than {MAX_VIDEO_FRAMES} frames; cut it into clips",
-    "truncated_video": "fewer frames than its header says",
+    "truncated_video": "frames that its index names are missing",
     "unsafe_name": "a member that is absolute, has `..` or is a link",
     "unsupported_mode": "no 8-bit image",
 }

@@ -41,8 +41,8 @@ def open_video(data: bytes, max_pixels: int) -> EncodedVideo:
 
     Raises:
         BrokenImage: "not_a_video" (no MP4, QuickTime, Matroska, WebM or AVI), "missing_video_stream",
-            "damaged_video", "truncated_video" (fewer frames than its header says), "decompression_bomb" (frames of more
-            than `max_pixels`) or "long_video" (more than MAX_VIDEO_FRAMES).
+            "unsupported_codec", "damaged_video", "truncated_video" (frames that its index names are missing),
+            "decompression_bomb" (frames of more than `max_pixels`) or "long_video" (more than MAX_VIDEO_FRAMES).
         UserError: PyAV is not installed.
     """
     av = _pyav()
@@ -51,15 +51,21 @@ def open_video(data: bytes, max_pixels: int) -> EncodedVideo:
             if not container.streams.video:
                 raise BrokenImage("missing_video_stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BrokenImage("unsupported_codec")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > max_pixels:
                 raise BrokenImage("decompression_bomb")
-            num_frames = 0
+            num_packets = num_frames = 0
             for packet in container.demux(stream):
-                num_frames += packet.size > 0 and not packet.is_discard  # the last packet is an empty one
-                if num_frames > MAX_VIDEO_FRAMES:
+                if packet.is_corrupt:
+                    raise BrokenImage("truncated_video")
+                num_packets += packet.size > 0  # the last is an empty one
+                # A clip that was cut without coding it again begins with frames that are decoded but not shown.
+                num_frames += packet.size > 0 and not packet.is_discard
+                if num_packets > MAX_VIDEO_FRAMES:
                     raise BrokenImage("long_video")
-            if num_frames < stream.frames:
+            if num_packets < len(stream.index_entries):
                 raise BrokenImage("truncated_video")
     except av.FFmpegError:
         raise BrokenImage("damaged_video") from None
@@ -69,7 +75,7 @@ def open_video(data: bytes, max_pixels: int) -> EncodedVideo:
 
 
 class VideoDecoder:
-    """Decodes `frames` frames of each video on the CPU, in this thread; a `decode.Decoder` of videos.
+    """Decodes `frames` frames of each video on the CPU; a `decode.Decoder` of videos.
 
     One crop and flip holds for all frames of a clip. Pixels are taken as they are stored, as images' are: a rotation or
     pixel shape that the file asks of a player is ignored.
@@ -90,15 +96,15 @@ class VideoDecoder:
         video in a row, in the order of time.
         """
         image_BCHW = new_batch(len(videos) * self._frames, self._image_size)
-        image_VFCHW = image_BCHW.unflatten(0, (len(videos), self._frames))
+        image_BTCHW = image_BCHW.unflatten(0, (len(videos), self._frames))
         with ThreadPoolExecutor(self._num_threads) as threads:
-            reasons = list(threads.map(self._fill, image_VFCHW, videos, crops))
+            reasons = list(threads.map(self._fill, image_BTCHW, videos, crops))
         broken = {place: reason for place, reason in enumerate(reasons) if reason is not None}
         if broken:
-            image_BCHW = image_VFCHW[[place for place in range(len(videos)) if place not in broken]].flatten(0, 1)
+            image_BCHW = image_BTCHW[[place for place in range(len(videos)) if place not in broken]].flatten(0, 1)
         return Decoded(image_BCHW, broken)
 
-    def _fill(self, image_FCHW: Tensor, video: EncodedVideo, crop: Crop) -> str | None:
+    def _fill(self, image_TCHW: Tensor, video: EncodedVideo, crop: Crop) -> str | None:
         """Fills a clip; returns None, or why it is broken."""
         wanted = frame_indices(video.num_frames, self._frames)
         try:
@@ -110,8 +116,8 @@ class VideoDecoder:
                 pixel_HWC = decode_pixels(EncodedImage(b"", frame.to_image()), crop, self._image_size)
                 pixel_CHW = pixel_HWC.transpose(2, 0, 1)
                 first, number = wanted.index(index), wanted.count(index)
-                normalise(pixel_CHW[:, :, ::-1] if crop.flip else pixel_CHW, image_FCHW[first].numpy())
-                image_FCHW[first + 1 : first + number] = image_FCHW[first]
+                normalise(pixel_CHW[:, :, ::-1] if crop.flip else pixel_CHW, image_TCHW[first].numpy())
+                image_TCHW[first + 1 : first + number] = image_TCHW[first]
                 if index == wanted[-1]:
                     return None
         except BrokenImage as error:
@@ -149,7 +155,8 @@ def _container(data: bytes, max_pixels: int) -> "InputContainer":
         name = "avi"
     else:
         raise BrokenImage("not_a_video")
-    return _pyav().open(io.BytesIO(data), format=name, options=_limit(max_pixels))
+    # Titles and the like, which nobody reads here, are often not UTF-8.
+    return _pyav().open(io.BytesIO(data), format=name, options=_limit(max_pixels), metadata_errors="replace")
 
 
 def _limit(max_pixels: int) -> dict[str, str]:

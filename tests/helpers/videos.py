@@ -1,5 +1,6 @@
 """Tiny videos whose frames can be told apart."""
 
+import io
 import tempfile
 from typing import Any
 
@@ -27,6 +28,21 @@ def encode(frames: list[NDArray[np.uint8]], container: str = "mp4", codec: str =
     """A video of `frames` [H, W, 3], a key frame every eight; `options`: of the container."""
     with tempfile.NamedTemporaryFile() as file:  # movflags=faststart opens it by its name again
         _write(file.name, frames, container, codec, options)
+        return file.read()
+
+
+def without_beginning(video: bytes, seconds: float) -> bytes:
+    """`video` cut without coding it again: an edit list hides the frames from the last key frame to `seconds`."""
+    with tempfile.NamedTemporaryFile() as file:
+        with av.open(io.BytesIO(video)) as source, av.open(file.name, "w", format="mp4") as output:
+            (stream,) = source.streams.video
+            copy = output.add_stream_from_template(stream)
+            for packet in source.demux(stream):
+                if packet.dts is not None and packet.pts is not None:
+                    packet.pts -= int(seconds / stream.time_base)
+                    packet.dts -= int(seconds / stream.time_base)
+                    packet.stream = copy
+                    output.mux(packet)
         return file.read()
 
 

@@ -30,7 +30,7 @@ from megaeva.data.preflight import preflight
 from megaeva.data.transforms import MEAN, STD, Crop
 from megaeva.data.video import VideoDecoder, frame_indices, open_video
 from megaeva.errors import DataError, UserError
-from tests.helpers.videos import encode, grey_video, level
+from tests.helpers.videos import encode, grey_video, level, without_beginning
 
 SIZE, FRAMES, MAX_PIXELS = 24, 4, 10_000
 WHOLE = Crop(0, 0, 64, 48, SIZE, SIZE, exact=False)
@@ -116,6 +116,13 @@ def faststart(num_frames: int = 20) -> bytes:
     return grey_video(num_frames, movflags="faststart")
 
 
+def without_last_frame() -> bytes:
+    """All bytes of the frames before it are there."""
+    data = faststart()
+    with av.open(io.BytesIO(data)) as container:
+        return data[: max(packet.pos for packet in container.demux(video=0) if packet.pos is not None)]
+
+
 def sound() -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
@@ -143,8 +150,10 @@ def png() -> bytes:
         (lambda: grey_video(20)[:24] + bytes(range(256)) * 8, "damaged_video"),
         (lambda: grey_video(20)[:800], "damaged_video"),  # the index is at the end
         (lambda: faststart()[:-200], "truncated_video"),
+        (without_last_frame, "truncated_video"),
         (lambda: grey_video(2, size=(128, 96)), "decompression_bomb"),
         (sound, "missing_video_stream"),
+        (lambda: grey_video(20, container="avi", codec="mpeg4").replace(b"FMP4", b"????"), "unsupported_codec"),
         (lambda: grey_video(13), "long_video"),
     ],
 )
@@ -186,6 +195,25 @@ def test_what_breaks_while_decoding_is_reported_and_the_rest_is_given() -> None:
     # Nobody has memory for a picture much larger than the header says: the codec refuses it.
     bomb = open_video(motion_jpeg((64, 48), (640, 480), (64, 48), (64, 48)), MAX_PIXELS)
     assert VideoDecoder(SIZE, FRAMES, max_pixels=MAX_PIXELS).decode([bomb], [WHOLE]).broken == {0: "damaged_video"}
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.2])
+def test_of_a_clip_that_was_cut_only_what_is_shown_counts(seconds: float) -> None:
+    """Ten frames a second; key frames are the first, ninth and seventeenth."""
+    encoded = open_video(without_beginning(grey_video(20), seconds), MAX_PIXELS)
+    shown = range(round(10 * seconds), 20)
+    assert encoded.num_frames == len(shown)
+    image_BCHW, _ = VideoDecoder(SIZE, FRAMES, max_pixels=MAX_PIXELS).decode([encoded], [WHOLE])
+    found = pixels(image_BCHW)[..., SIZE // 2 + 3 :].mean((1, 2, 3))
+    wanted = torch.tensor([float(level(shown[i])) for i in frame_indices(len(shown), FRAMES)])
+    assert (found - wanted).abs().max() < 4
+
+
+def test_the_text_that_a_file_carries_may_be_of_any_encoding() -> None:
+    for container in ("mp4", "matroska"):
+        data = grey_video(20, container=container).replace(b"Lavf", b"L\xe9on")
+        assert b"L\xe9on" in data
+        assert open_video(data, MAX_PIXELS).num_frames == 20
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
