@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-convert bench-demo cuda-check te-check clean
+.PHONY: help demo test test-fast test-exhaustive parity lint format bench bench-loss bench-step bench-data bench-checkpoint bench-convert bench-fp8 bench-demo cuda-check te-check clean
 
 VENV := .venv
 TE_VENV ?= $(VENV)-te
@@ -29,10 +29,11 @@ help:
 	@echo "make lint        ruff, mypy, codespell          make format   let ruff rewrite"
 	@echo "make bench       the native operators beside plain PyTorch"
 	@echo "make bench-loss  the contrastive loss beside open_clip's, on one process, two and four, and alone at 4 sizes (an hour)"
-	@echo "make bench-step  a training step beside open_clip, plain PyTorch, and uncut captions (twenty minutes)"
+	@echo "make bench-step  a training step beside open_clip, plain PyTorch, and uncut captions; its parts (half an hour)"
 	@echo "make bench-data  the loader beside webdataset and Pillow (two minutes)"
 	@echo "make bench-checkpoint  what training waits for a save that is written beside it (two minutes)"
 	@echo "make bench-convert  conversions of 10 GB beside cp (five minutes, 30 GB of disk)"
+	@echo "make bench-fp8   the demo's chain in fp32, bf16 and emulated FP8 over three seeds (an hour and a half)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make te-check    hold the Transformer Engine backend to the real package, without a GPU (builds it once in $(TE_VENV),"
@@ -84,6 +85,9 @@ bench-step: $(VENV)/.demo
 	$(BIN)/megaeva bench step --peer open_clip --precision bf16 --model EVA02-L-14 --rounds 2
 	$(BIN)/megaeva bench step --peer plain
 	$(BIN)/megaeva bench step --peer padded
+	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16
+	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16 --optimizer lamb
+	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-L-14 --optimizer lamb --rounds 3
 
 bench-data: $(VENV)/.test
 	$(BIN)/megaeva bench data --peer webdataset
@@ -93,6 +97,10 @@ bench-checkpoint: $(VENV)/.demo
 
 bench-convert: $(VENV)/.demo
 	$(BIN)/megaeva bench convert
+
+bench-fp8: $(VENV)/.demo
+	test -f data/emoji/index.json || $(BIN)/megaeva data emoji data/emoji
+	$(BIN)/megaeva bench fp8
 
 cuda-check:
 	@mkdir -p build/cuda-check

@@ -361,13 +361,23 @@ def bench_step(
         ),
     ] = "plain",
     part: Annotated[Literal["both", "vision", "text"], typer.Option(help="Towers that are trained.")] = "both",
+    profile: Annotated[bool, typer.Option("--profile", help="Shares of the step's parts; no peer.")] = False,
+    optimizer: Annotated[Literal["adamw", "lamb"], typer.Option(help="With --profile; peers have AdamW.")] = "adamw",
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each side.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
 ) -> None:
     """Time a training step of one rank through Megatron-core."""
-    from megaeva.bench.command import run_step
+    from megaeva.bench.command import run_profile, run_step
 
-    for line in run_step(model, batch, precision, peer, part, rounds, threads):
+    if optimizer != "adamw" and not profile:
+        raise ConfigError(
+            f"--optimizer {optimizer} is measured by --profile only, peers train with AdamW; add --profile."
+        )
+    if profile:
+        lines = run_profile(model, batch, precision, part, optimizer, rounds, threads)
+    else:
+        lines = run_step(model, batch, precision, peer, part, rounds, threads)
+    for line in lines:
         typer.echo(line)
 
 

@@ -45,6 +45,38 @@ def run_step(
     yield from times.report(command)
 
 
+def run_profile(
+    model: str,
+    batch: int,
+    precision: Literal["fp32", "bf16"],
+    part: Literal["both", "vision", "text"],
+    optimizer: Literal["adamw", "lamb"],
+    rounds: int,
+    threads: int | None,
+) -> Iterator[str]:
+    """Yields lines to print: the shares of a step's parts, and their row for benchmarks/log.md.
+
+    Raises:
+        UserError: an unknown model.
+    """
+    section = find_model(model)
+    import torch
+
+    from megaeva.bench.step_profile import profile_step
+
+    if threads:
+        torch.set_num_threads(threads)
+    command = (
+        f"megaeva bench step --profile --model {model} --batch {batch} --precision {precision} --part {part} "
+        f"--optimizer {optimizer} --rounds {rounds} --threads {torch.get_num_threads()}"
+    )
+    yield command
+    profile = profile_step(
+        section, batch_size=batch, precision=precision, part=part, optimizer=optimizer, num_rounds=rounds
+    )
+    yield from profile.report(command)
+
+
 def run_data(model: str, batch: int, peer: Literal["webdataset"], workers: int, rounds: int) -> Iterator[str]:
     """Yields lines to print: what was measured, and its row for benchmarks/log.md.
 

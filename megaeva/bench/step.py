@@ -163,13 +163,15 @@ def assert_same_loss(ours: float, peer: float, precision: Precision) -> None:
     assert math.isclose(ours, peer, rel_tol=TOLERANCE[precision]), (ours, peer)
 
 
-def recipe(model: ModelSection, batch_size: int, precision: Precision) -> Config:
+def recipe(
+    model: ModelSection, batch_size: int, precision: Precision, optimizer: Literal["adamw", "lamb"] = "adamw"
+) -> Config:
     """A contrastive recipe with the schema's defaults, so long that the rate stays as it is."""
     return Config(
         task="contrastive",
         run_dir="unused",
         model=model,
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-5), logit_scale_lr=1e-5),
+        optim=OptimSection(name=optimizer, vision=TowerOptimSection(lr=1e-5), logit_scale_lr=1e-5),
         train=TrainSection(total_samples=batch_size * 1_000_000_000, global_batch_size=batch_size, precision=precision),
     )
 
