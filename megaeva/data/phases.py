@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 class PhasedLoader:
     """A `Loader` for each phase of the recipe, one after the other; a run without phases has one.
 
-    A phase is over when the batches of its steps have been given out; the last one has no end. It begins at the start
-    of its own shards, in as many streams as the run began with: global batches stay the same on any layout in every
-    phase.
+    A phase is over when the batches of its steps have been given out; the last one has no end. So a run that goes back
+    to a checkpoint, but not in its data, still gives each phase before the last its samples. A phase begins at the
+    start of its own shards, in as many streams as the run began with: global batches stay the same on any layout.
     """
 
     def __init__(self, cfg: Config, *, data_rank: int, data_size: int, num_patches: int) -> None:
