@@ -17,6 +17,7 @@ from megaeva.config.schema import (
     DataSection,
     ModelSection,
     OptimSection,
+    PhaseSection,
     TextSection,
     TowerOptimSection,
     TrainSection,
@@ -26,7 +27,9 @@ from megaeva.data import video
 from megaeva.data.batch import Batch
 from megaeva.data.decode_pillow import BrokenImage
 from megaeva.data.loader import Loader
+from megaeva.data.phases import PhasedLoader
 from megaeva.data.preflight import preflight
+from megaeva.data.synthetic import make_shards
 from megaeva.data.transforms import MEAN, STD, Crop
 from megaeva.data.video import VideoDecoder, frame_indices, open_video
 from megaeva.errors import DataError, UserError
@@ -278,3 +281,14 @@ def test_preflight_looks_for_videos(shard: Path) -> None:
     assert "64 x 48 pixels, 'clip 1'" in report
     with pytest.raises(DataError, match=r"10 missing_image .* must have an image \(jpg, jpeg, png, webp\) and a txt"):
         preflight(recipe(shard, frames=1), data_size=1)
+
+
+def test_a_phase_of_videos_follows_one_of_images(shard: Path, tmp_path: Path) -> None:
+    make_shards(tmp_path, num_shards=1, samples_per_shard=4)
+    images = PhaseSection(samples=4, train=(f"{tmp_path}/*.tar",))
+    videos = PhaseSection(samples=96, train=(str(shard),), frames=FRAMES)
+    cfg = recipe(shard, frames=1)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": (), "phases": (images, videos)})})
+    loader = PhasedLoader(cfg, data_rank=0, data_size=1, num_patches=16)
+    assert [(len(batch), batch.frames) for batch in (next(loader), next(loader))] == [(4, 1), (4, FRAMES)]
+    loader.close()
