@@ -22,10 +22,10 @@ Status = Literal["ok", "warn", "error"]
 
 SUPPORTED_PYTHON = (3, 11)
 MEGATRON_MINOR = "0.16"
-GPU_FIX = "pip install --no-build-isolation -e '.[gpu]'"
-TRANSFORMER_ENGINE_FIX = "pip uninstall -y " + " ".join(
-    f"transformer-engine{part}" for part in ("", "-cu12", "-cu13", "-torch")
-)
+GPU_FIX = "tools/install_gpu.sh"
+TRANSFORMER_ENGINE_VERSION = "2.20.2"
+_ENGINE_PARTS = tuple(f"transformer-engine{part}" for part in ("", "-cu12", "-cu13", "-torch"))
+TRANSFORMER_ENGINE_FIX = "pip uninstall -y " + " ".join(_ENGINE_PARTS)
 _SMALL_DISK_GIB, _SMALL_MEMORY_GIB = 5.0, 4.0
 _PROBE_SECONDS = 120
 
@@ -228,14 +228,18 @@ def check_megatron(installation: Installation) -> Check:
 
 
 def check_transformer_engine(installation: Installation) -> Check:
-    """Transformer Engine whole or absent; half of it makes `import megatron.core` fail."""
-    name = "Transformer Engine"
-    found = installation.version("transformer-engine")
+    """Transformer Engine whole or absent: half of it makes a bare `import megatron.core` fail, and a run say so.
+
+    It is enough that it imports after torch, which loads the libnccl.so.2 of its wheels: runs import torch first.
+    """
+    name, versions = "Transformer Engine", {part: installation.version(part) for part in _ENGINE_PARTS}
     code = (
         "import importlib.util as u, sys\n"
         "s = u.find_spec('transformer_engine')\n"
         "if s is None: print('absent'); sys.exit()\n"
         "if s.origin is None: print('leftover', *s.submodule_search_locations); sys.exit()\n"
+        "try: import transformer_engine\n"
+        "except OSError: import torch\n"  # whose wheels hold the library that was not found
         "import transformer_engine as te, transformer_engine.pytorch\n"
         "print(te.__version__)"
     )
@@ -245,14 +249,31 @@ def check_transformer_engine(installation: Installation) -> Check:
     if probe.worked and probe.text.startswith("leftover"):
         folder = probe.text.removeprefix("leftover ")
         return Check(name, "error", f"{folder} is left over from an uninstall; megatron-core fails", f"rm -r {folder}")
-    if probe.worked:
-        return Check(name, "ok", probe.text)
-    if "transformer_engine_torch" in probe.text or "transformer_engine.pytorch" in probe.text:
-        fix = "pip install --no-build-isolation 'transformer-engine[pytorch]' (builds against your torch), or " + (
-            TRANSFORMER_ENGINE_FIX
+    found = versions["transformer-engine"]
+    if len({version for version in versions.values() if version}) > 1:
+        parts = ", ".join(f"{part} {version}" for part, version in versions.items() if version)
+        return Check(
+            name, "error", f"parts of different versions: {parts}", f"{TRANSFORMER_ENGINE_FIX}; then {GPU_FIX}"
         )
+    if probe.worked:
+        if probe.text != TRANSFORMER_ENGINE_VERSION:
+            tested = f"{probe.text}, but {TRANSFORMER_ENGINE_VERSION} is what `make te-check` was run with"
+            return Check(name, "warn", tested, f"make te-check, or {GPU_FIX}")
+        return Check(name, "ok", probe.text)
+    library = re.search(r"(lib\w+)\.so\S*: cannot open shared object", probe.text)
+    if library:
+        fix = f"put the folder of {library.group(1)}.so on LD_LIBRARY_PATH (of NVIDIA's wheels: "
+        fix += f"site-packages/nvidia/*/lib), or {TRANSFORMER_ENGINE_FIX}"
+        return Check(name, "error", f"{found or 'found'} does not import: {probe.text}", fix)
+    core = versions["transformer-engine-cu13"] or versions["transformer-engine-cu12"]
+    if core and not versions["transformer-engine-torch"]:
+        fix = f"pip install --no-build-isolation --no-deps transformer-engine-torch=={core} (builds against your torch)"
+        return Check(name, "warn", f"{core} without its PyTorch part", f"{fix}, or {TRANSFORMER_ENGINE_FIX}")
+    if "transformer_engine_torch" in probe.text or "transformer_engine.pytorch" in probe.text:
+        fix = f"{GPU_FIX} (builds against your torch), or {TRANSFORMER_ENGINE_FIX}"
         return Check(name, "warn", f"{found or 'found'}, the PyTorch part is missing or broken: {probe.text}", fix)
-    return Check(name, "error", f"{found or 'found'} does not import: {probe.text}", TRANSFORMER_ENGINE_FIX)
+    fix = f"{TRANSFORMER_ENGINE_FIX}; on a GPU then {GPU_FIX}"
+    return Check(name, "error", f"{found or 'found'} does not import: {probe.text}", fix)
 
 
 def check_apex(installation: Installation) -> Check:

@@ -61,7 +61,8 @@ torch_is_right() {
   bin -c "import sys, torch; sys.exit(not (torch.cuda.is_available() and (torch.version.cuda or '').startswith('$CUDA_MAJOR.')))"
 }
 cudnn_is_found() { bin -c 'import sys, torch; sys.exit(not torch.backends.cudnn.is_available())'; }
-engine_imports() { bin -c "import transformer_engine as te, transformer_engine.pytorch; assert te.__version__.startswith('$TE_VERSION')"; }
+# torch goes first: it loads the libnccl.so.2 of its wheels.
+engine_imports() { bin -c "import torch, transformer_engine as te, transformer_engine.pytorch; assert te.__version__.startswith('$TE_VERSION')"; }
 engine_multiplies() {
   bin -c 'import torch, transformer_engine.pytorch as te; te.Linear(32, 32, params_dtype=torch.bfloat16)(torch.ones(16, 32, device="cuda", dtype=torch.bfloat16)).sum().backward(); torch.cuda.synchronize()'
 }
@@ -104,8 +105,8 @@ if $dry_run || ! engine_imports >/dev/null 2>&1; then
     "transformer-engine-torch==$TE_VERSION"
 fi
 check "Transformer Engine $TE_VERSION imports" \
-  "look at \`$venv/bin/megaeva doctor\`; a missing libnccl.so.2 wants nvidia/nccl/lib on LD_LIBRARY_PATH" engine_imports
-check "its linear runs forward and backward on this GPU" "the error: $venv/bin/python -c 'import transformer_engine.pytorch'" engine_multiplies
+  "look at \`$venv/bin/megaeva doctor\`, which names what is missing" engine_imports
+check "its linear runs forward and backward on this GPU" "the error: $venv/bin/python -c 'import torch, transformer_engine.pytorch'" engine_multiplies
 
 step "megaeva doctor"
 run "$venv/bin/megaeva" doctor

@@ -84,9 +84,9 @@ def require_transformer_engine() -> None:
     except ImportError as error:
         reason = transformer_engine_failure[0] if transformer_engine_failure else str(error)
         raise UserError(
-            f"layer_spec='te' needs Transformer Engine, which does not import here ({reason}); it must be built for "
-            "this torch and CUDA; install it with `pip install 'megaeva[gpu]'`, put nvidia/nccl/lib on LD_LIBRARY_PATH "
-            "or use layer_spec='local'."
+            f"layer_spec='te', which platform=cuda takes, needs Transformer Engine, and it does not import here "
+            f"({reason}); it must be whole and built for this torch and CUDA; `megaeva doctor` says what is missing, "
+            "tools/install_gpu.sh installs it."
         ) from error
 
 

@@ -97,18 +97,39 @@ def test_transformer_engine_states(site: Path) -> None:
     check = doctor.check_transformer_engine(only(site))
     assert check.status == "error"
     assert check.fix == f"rm -r {site / 'transformer_engine'}"
-    fake(site, "transformer-engine", "2.20.2", module="transformer_engine=raise OSError('libnccl.so.2: cannot open')")
+    source = "raise OSError('libnccl.so.2: cannot open shared object file: No such file or directory')"
+    fake(site, "transformer-engine", "2.20.2", module=f"transformer_engine={source}")
     check = doctor.check_transformer_engine(only(site))
     assert check.status == "error"
-    assert "libnccl" in check.found
+    assert "libnccl.so on LD_LIBRARY_PATH" in check.fix
     assert "pip uninstall -y transformer-engine transformer-engine-cu12" in check.fix
+    source = "raise RuntimeError('Found empty `transformer-engine` meta package installed.')"
+    (site / "transformer_engine" / "__init__.py").write_text(source, encoding="utf-8")
+    check = doctor.check_transformer_engine(only(site))
+    assert check.status == "error" and "empty" in check.found and "tools/install_gpu.sh" in check.fix
     (site / "transformer_engine" / "__init__.py").write_text("__version__ = '2.20.2'", encoding="utf-8")
     check = doctor.check_transformer_engine(only(site))
-    assert check.status == "warn"
-    assert "PyTorch part" in check.found
-    assert "--no-build-isolation" in check.fix
+    assert check.status == "warn" and "PyTorch part" in check.found
+    fake(site, "transformer-engine-cu13", "2.20.2")
+    check = doctor.check_transformer_engine(only(site))
+    assert check.status == "warn" and check.found == "2.20.2 without its PyTorch part"
+    assert "--no-build-isolation --no-deps transformer-engine-torch==2.20.2" in check.fix
     (site / "transformer_engine" / "pytorch.py").touch()
+    fake(site, "transformer-engine-torch", "2.20.2")
     assert doctor.check_transformer_engine(only(site)) == Check("Transformer Engine", "ok", "2.20.2")
+    (site / "transformer_engine" / "__init__.py").write_text("__version__ = '2.21.0'", encoding="utf-8")
+    check = doctor.check_transformer_engine(only(site))
+    assert check.status == "warn" and "te-check" in check.fix
+
+
+def test_transformer_engine_in_parts_of_two_versions(site: Path) -> None:
+    fake(site, "transformer-engine", "2.20.2", module="transformer_engine=__version__ = '2.20.2'")
+    (site / "transformer_engine" / "pytorch.py").write_text("raise AssertionError('mismatch')", encoding="utf-8")
+    fake(site, "transformer-engine-cu13", "2.20.2")
+    fake(site, "transformer-engine-torch", "2.19.0")
+    check = doctor.check_transformer_engine(only(site))
+    assert check.status == "error" and "transformer-engine-torch 2.19.0" in check.found
+    assert check.fix.startswith("pip uninstall -y transformer-engine ") and "install_gpu.sh" in check.fix
 
 
 def test_wrong_apex(site: Path) -> None:
