@@ -20,7 +20,7 @@ from megaeva.parallel.shards import slice_full
 from tests.helpers.spawn import run_ranks
 from tests.helpers.toy_towers import Axes, build_towers, compute_gradients, make_config, whole_weights
 
-STEPS = 20
+STEPS = 3
 NUM_LAYERS = 5
 CLIP = 1.6  # binds in some steps and not in others
 # fp32 sums in another order; Adam divides by sqrt(v) + epsilon, which at 1e-6 turns the rounding of a gradient that
@@ -36,7 +36,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lamb of the paper, no decay": {"name": "lamb", "lamb": "lamb", "weight_decay": 0.0},
     "lamb, plain": {"name": "lamb", "clip_grad_norm": CLIP, "distributed_optimizer": False},
     "adamw, frozen scale": {"name": "adamw", "train_scale": False},
+    "eva, 20 steps": {"name": "lamb", "lamb": "eva", "clip_grad_norm": CLIP, "steps": 20},
+    "lamb, 20 steps": {"name": "lamb", "lamb": "lamb", "clip_grad_norm": CLIP, "steps": 20},
 }
+LONG = ("eva, 20 steps", "lamb, 20 steps")
+LONG_TOPOLOGIES = ("dp2", "tp2", "tp2 dp2")
 VARIANTS_ON_RANKS = ("adamw", "adamw, unclipped, plain", "lamb", "lamb of the paper", "lamb, plain")
 TP2, SP2 = AxesSection(tp=2), AxesSection(tp=2, sequence_parallel=True)
 PP2, TP2_PP2 = AxesSection(pp=2), AxesSection(tp=2, pp=2)
@@ -61,16 +65,16 @@ TOPOLOGIES: dict[int, dict[str, Axes]] = {
 def train(
     runtime: Runtime, axes: Axes, variants: Sequence[str] = tuple(VARIANTS)
 ) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """{variant: (gradient norms, whole weights)} after STEPS steps."""
+    """{variant: (gradient norms, whole weights)} after the variant's steps."""
     results = {}
     for name in variants:
         optim = dict(VARIANTS[name])
-        train_scale = optim.pop("train_scale", True)
+        train_scale, steps = optim.pop("train_scale", True), optim.pop("steps", STEPS)
         cfg = make_config(num_layers=NUM_LAYERS, epsilon=EPSILON, **optim)
         towers = build_towers(runtime, cfg, axes, train_scale=train_scale)
         optimizer, rate = build_optimizer(towers, cfg)
         norms = []
-        for step in range(STEPS):
+        for step in range(steps):
             rate.set(step)
             compute_gradients(towers, step)
             updated, norm = optimizer.step()
@@ -85,7 +89,7 @@ def train_by_formula(runtime: Runtime) -> dict[str, tuple[list[float], dict[str,
     results = {}
     for name, variant in VARIANTS.items():
         optim = dict(variant)
-        train_scale = optim.pop("train_scale", True)
+        train_scale, steps = optim.pop("train_scale", True), optim.pop("steps", STEPS)
         cfg = make_config(num_layers=NUM_LAYERS, epsilon=EPSILON, **optim)
         towers = build_towers(runtime, cfg, train_scale=train_scale)
         _, rate = build_optimizer(towers, cfg)
@@ -99,7 +103,7 @@ def train_by_formula(runtime: Runtime) -> dict[str, tuple[list[float], dict[str,
             reference = torch.optim.AdamW(groups, **common)
         moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
         norms = []
-        for step in range(STEPS):
+        for step in range(steps):
             rate.optimizer = _Groups(reference.param_groups)
             rate.set(step)
             compute_gradients(towers, step)
@@ -180,7 +184,8 @@ def test_one_process_equals_the_formulas(single_and_formula: tuple[Result, Resul
 
 
 def train_on_all(runtime: Runtime, topologies: dict[str, Axes]) -> dict[str, Result]:
-    return {name: train(runtime, axes, VARIANTS_ON_RANKS) for name, axes in topologies.items()}
+    long = {name: LONG if name in LONG_TOPOLOGIES else () for name in topologies}
+    return {name: train(runtime, axes, (*VARIANTS_ON_RANKS, *long[name])) for name, axes in topologies.items()}
 
 
 def main_copies(runtime: Runtime, axes: Axes) -> dict[str, float]:
