@@ -67,7 +67,7 @@ def current_scale(amax: Tensor, dtype: torch.dtype, *, of: torch.dtype, power_of
         of: dtype of what is quantised: its largest value stands for a scale that fp32 cannot hold.
         power_of_two: rounded down to one.
     """
-    scale = largest(dtype) / amax
+    scale = torch.full_like(amax, largest(dtype)) / amax  # torch divides a Python number by rounding twice
     scale = torch.where(scale.isinf(), torch.finfo(of).max, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)
