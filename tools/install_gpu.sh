@@ -53,7 +53,6 @@ pip_install() { run "$venv/bin/python" -m pip install --disable-pip-version-chec
 driver_is_new_enough() {
   local driver
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-  say "driver $driver"
   ((${driver%%.*} >= MIN_DRIVER))
 }
 nvcc_is_right() { "$CUDA_HOME/bin/nvcc" --version | grep -q "release $CUDA_MAJOR\."; }
@@ -98,10 +97,10 @@ if $dry_run || ! engine_imports >/dev/null 2>&1; then
   run "$venv/bin/python" -m pip uninstall --yes transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
   pip_install --no-deps "transformer-engine==$TE_VERSION" "transformer-engine-cu$CUDA_MAJOR==$TE_VERSION"
   pip_install einops onnx onnxscript nvdlfw-inspect
-  site=$($dry_run && echo "$venv/lib/python3.11/site-packages" || bin -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  site="$venv/lib/python3.11/site-packages"
   # In this order: the wheels' headers lack crt/, the toolkit's lack NCCL and cuDNN.
   run env "CPATH=$CUDA_HOME/include:$site/nvidia/nccl/include:$site/nvidia/cudnn/include:$site/nvidia/cu13/include" \
-    "PATH=$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
+    "PATH=$(realpath -m "$venv")/bin:$PATH" "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
     "transformer-engine-torch==$TE_VERSION"
 fi
 check "Transformer Engine $TE_VERSION imports" \

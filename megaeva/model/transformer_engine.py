@@ -106,7 +106,7 @@ def te_step(towers: Sequence[Tower], fp8: Fp8Section) -> Iterator[None]:
     Scales of recipe=delayed stand still in it; kernels keep the largest value of all its passes (an atomic maximum),
     and at the end each history gets that one entry, reduced over the ranks that hold a tower's stage. Left to itself
     Transformer Engine would close the gradients' entry in the first backward pass, of one microbatch of one tower.
-    FP8 copies of the weights are made once.
+    FP8 copies of the weights are made in the first pass; after one without gradients once more, transposed too.
     """
     linears = []
     for tower in towers:
