@@ -85,8 +85,8 @@ bench-step: $(VENV)/.demo
 	$(BIN)/megaeva bench step --peer open_clip --precision bf16 --model EVA02-L-14 --rounds 2
 	$(BIN)/megaeva bench step --peer plain
 	$(BIN)/megaeva bench step --peer padded
-	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16
-	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16 --optimizer lamb
+	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16 --batch 64 --rounds 5
+	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-B-16 --batch 64 --rounds 5 --optimizer lamb
 	$(BIN)/megaeva bench step --profile --precision bf16 --model EVA02-L-14 --optimizer lamb --rounds 3
 
 bench-data: $(VENV)/.test

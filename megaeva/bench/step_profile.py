@@ -24,6 +24,8 @@ OPTIMIZER = ("gradient norm", "update")
 """With the fp32 copies of the gradients that the norm is taken of, and the clipping."""
 _SAMPLES = ("forward", "loss", "backward")
 LIMITS = (0.05, 0.03)
+PUBLISHED_BATCH = 1024
+"""Samples of a step on one GPU in EVA02-CLIP-L-14's recipe; B-16's has twice as many."""
 
 
 class Clock:
@@ -124,11 +126,20 @@ class StepProfile:
         return statistics.median(sum(r.get(part, 0.0) for part in parts) for r in self.rounds)
 
     def samples_for(self, share: float) -> float:
-        """Samples a rank and step from which on the optimizer takes at most `share`.
+        """Samples a rank and step from which on the optimizer takes at most `share` of both.
 
         Computed, with a time of the samples that grows with their number, and an update that is not sharded.
         """
-        return (1 / share - 1) * self.seconds(*OPTIMIZER) / (self.seconds(*_SAMPLES) / self.batch_size)
+        return (1 / share - 1) * self._optimizer_per_sample
+
+    def share_at(self, num_samples: int) -> float:
+        """The optimizer's share with so many samples a rank and step; computed likewise."""
+        return self._optimizer_per_sample / (self._optimizer_per_sample + num_samples)
+
+    @property
+    def _optimizer_per_sample(self) -> float:
+        """Time of the optimizer over that of one sample."""
+        return self.seconds(*OPTIMIZER) / (self.seconds(*_SAMPLES) / self.batch_size)
 
     def report(self, command: str) -> list[str]:
         """Sentences, and the row for the log's table of profiles."""
@@ -140,7 +151,8 @@ class StepProfile:
             f"a step of {self.batch_size} samples takes {step_ms:.0f} ms; {millions}; {self.captions}",
             *(f"  {part:<14} {1e3 * self.seconds(part):9.1f} ms  {100 * self.share(part):6.2f} %" for part in PARTS),
             f"the optimizer (gradient norm, update): {100 * self.share(*OPTIMIZER):.2f} %",
-            f"computed, if forward, loss and backward grow with the samples: {needed} samples a rank and step",
+            f"computed, if forward, loss and backward grow with the samples: {needed} samples a rank and step, "
+            f"{100 * self.share_at(PUBLISHED_BATCH):.2f} % at {PUBLISHED_BATCH}",
             row(f"`{command}`", f"{step_ms:.0f}", *cells, f"{100 * self.share(*OPTIMIZER):.2f} %"),
         ]
 

@@ -64,9 +64,10 @@ def test_shares_are_medians_and_the_row_fits_the_logs_table() -> None:
     assert profile.share("update", "gradient norm") == pytest.approx(1 / 10)
     # 1 s of optimizer beside 1 s a sample: 19 samples make it a twentieth.
     assert profile.samples_for(0.05) == pytest.approx(19)
+    assert profile.share_at(19) == pytest.approx(0.05)
     *lines, row = profile.report("c")
     assert any("the optimizer (gradient norm, update): 10.00 %" in line for line in lines)
-    assert any("5 % from 19 and 3 % from 32 samples" in line for line in lines)
+    assert any("5 % from 19 and 3 % from 32 samples a rank and step, 0.10 % at 1024" in line for line in lines)
     header = next(line for line in LOG.splitlines() if "| gradient norm | update |" in line)
     assert len(cells(row)) == len(cells(header))
     assert cells(row)[cells(header).index("update")] == "7.50 %"
