@@ -11,8 +11,8 @@ class LossScale(DynamicGradScaler):
     """One scale for all towers: halved by each overflow, doubled after `growth_interval` steps in a row without one.
 
     mcore updates its scaler with each tower's gradients; then those of the next would be divided by another scale than
-    the loss was multiplied by. Here `settle` updates once, when all are known. Source: DeepSpeed's DynamicLossScaler
-    with a hysteresis of 1.
+    the loss was multiplied by. Here `settle` updates once, when all are known. Source: DeepSpeed's DynamicLossScaler;
+    EVA-02's hysteresis of 2 (asuka/utils.py) lets the first overflow after a doubling pass, here each one halves.
 
     Attributes:
         value: of the next step.

@@ -64,13 +64,21 @@ class Run:
         """
         self.trainer = Trainer(cfg, runtime, resume=resume, recipe_changes=[])
         self.keys: list[list[str]] = []
+        saved: dict[str, Tensor] = {}
         step, task_step = self.trainer.step, self.trainer.task.step
 
         def watched(batch: Batch) -> dict[str, float]:
             if first + len(self.keys) == dies_at:
                 raise Died
             self.keys.append(sorted({key for keys in gather_objects(batch.keys) for key in keys}))
-            return step(batch)
+            towers = self.trainer.task.towers
+            if self.trainer.next_step == SAVED_AT and not saved:
+                saved.update(whole_weights(towers))
+            figures = step(batch)
+            if not figures:
+                assert self.trainer.next_step == SAVED_AT
+                assert all(torch.equal(tensor, saved[name]) for name, tensor in whole_weights(towers).items())
+            return figures
 
         def poisoned(*arguments: Any) -> Tensor:
             loss = task_step(*arguments)
