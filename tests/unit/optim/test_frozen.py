@@ -4,16 +4,17 @@ That a run with one equals the single process on every kind of layout is in test
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from megaeva.errors import ParameterRuleError
 from megaeva.optim.build import build_optimizer
-from megaeva.parallel.runtime import Runtime
+from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.tasks.contrastive import Contrastive
 from tests.helpers.layouts import Layout
-from tests.helpers.parallel_runs import Case, make_recipe, run_case
+from tests.helpers.parallel_runs import Case, make_recipe, run_case, whole_batch
 
 # Without drop path, which a frozen tower does not have.
 CASE = Case(Layout("two passes", microbatches=2, drop_path=0.0), "contrastive", "EVA02-CLIP-L-14")
@@ -36,6 +37,16 @@ def test_a_frozen_tower_costs_no_memory_beside_its_weights(runtime: Runtime) -> 
     optimizer, rate = build_optimizer(task.towers, task.cfg)
     assert optimizer.held_state("vision") == [] and optimizer.held_state("text")
     assert rate.set(0).keys() == {"text", "scale"}
+
+
+@pytest.mark.parametrize(("frozen", "num_passes"), [((), 4), (("vision",), 2)])
+def test_it_makes_one_pass_for_each_microbatch(runtime: Runtime, frozen: Any, num_passes: int) -> None:
+    """A trained tower makes two, the second with a backward pass."""
+    task = Contrastive(make_recipe(replace(CASE, frozen=frozen)), runtime)
+    passes: list[bool] = []
+    task.model.vision.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    task.step(whole_batch(task.cfg, 0), lambda microbatch: seed_pass(0, 0, microbatch))
+    assert passes == [False, False, True, True][:num_passes]
 
 
 def test_it_stays_in_evaluation_mode_between_evaluations(runtime: Runtime) -> None:

@@ -93,6 +93,14 @@ def test_a_frozen_scale_has_neither_gradient_nor_state() -> None:
     assert (scale.gradient_bytes, scale.optimizer_bytes) == (0, 0)
 
 
+def test_a_frozen_tower_has_neither_and_an_average_is_state() -> None:
+    cfg = config(optim={"vision": {"lr": 1e-3}, "frozen": ["vision"], "ema_decay": 0.999})
+    (vision,), (text,) = (holdings(cfg, 1)[tower] for tower in ("vision", "text"))
+    assert (vision.gradient_bytes, vision.optimizer_bytes) == (0, 0)
+    assert vision.weight_bytes == 2 * 17_630_494_720
+    assert text.optimizer_bytes == (4 + 8 + 4) * text.parameters
+
+
 def test_a_teacher_is_counted_where_it_is(tmp_path: Path) -> None:
     cfg = config(
         task="mim",
