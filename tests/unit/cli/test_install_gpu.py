@@ -26,7 +26,8 @@ def test_a_dry_run_prints_every_step_and_does_none(tmp_path: Path) -> None:
     commands = [line for line in done.stdout.splitlines() if line.startswith("   $ ")]
     pieces = (
         "-m venv", "torch torchvision", "MEGAEVA_BUILD=cuda", "nvidia-dali-cuda130",
-        "uninstall --yes transformer-engine", "transformer-engine==2.20.2 transformer-engine-cu13==2.20.2", "nvdlfw-inspect",
+        "uninstall --yes transformer-engine", "transformer-engine==2.20.2 transformer-engine-cu13==2.20.2",
+        "nvdlfw-inspect",
         "--no-build-isolation --no-deps transformer-engine-torch==2.20.2", "megaeva doctor",
     )  # fmt: skip
     assert len(commands) == len(pieces)
