@@ -5,6 +5,7 @@ command again goes on where it stopped: a loop skips its finished stages, and he
 """
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import yaml
 
@@ -129,6 +131,7 @@ def run_chains(chains: Sequence[Chain], num_jobs: int) -> None:
     if len(waiting) < len(chains):
         print(f"{len(chains) - len(waiting)} of {len(chains)} chains finished earlier", flush=True)
     jobs: list[tuple[Chain, subprocess.Popen[bytes], float]] = []
+    previous = signal.signal(signal.SIGTERM, _exit)  # by itself it would leave the loops running
     try:
         while waiting or jobs:
             while waiting and len(jobs) < num_jobs:
@@ -153,6 +156,11 @@ def run_chains(chains: Sequence[Chain], num_jobs: int) -> None:
             process.terminate()  # a loop passes it on: its stage saves
         for _, process, _ in jobs:
             process.wait()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit(signum: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 def _start(chain: Chain) -> "subprocess.Popen[bytes]":

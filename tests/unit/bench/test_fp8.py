@@ -1,6 +1,7 @@
 """The chains of `megaeva bench fp8`, the processes they run in, and what is made of their results."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,23 +55,35 @@ def test_every_stage_of_a_chain_has_its_precision(tmp_path: Path) -> None:
 
 
 def test_what_is_unfinished_runs_and_a_failure_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
+    started: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(code: int) -> None:
-        def run(chain: Chain) -> "subprocess.Popen[bytes]":
-            started.append(chain.precision)
-            return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+    def start_with(**scripts: str) -> None:
+        def start(chain: Chain) -> "subprocess.Popen[bytes]":
+            command = [sys.executable, "-S", "-c", scripts.get(chain.precision, "")]
+            started[chain.precision] = subprocess.Popen(command)
+            return started[chain.precision]
 
-        monkeypatch.setattr(fp8, "_start", run)
+        started.clear()
+        monkeypatch.setattr(fp8, "_start", start)
 
     chains = plan_chains(RECIPE, ALL, [0], tmp_path)
     finish(chains[1], 0.5, [1.0])
-    start(0)
+    start_with()
     run_chains(chains, 2)
-    assert sorted(started) == ["bf16", "fp8_current", "fp8_delayed"]
-    start(1)
+    assert set(started) == {"bf16", "fp8_current", "fp8_delayed"}
+
+    endless = "import time; time.sleep(60)"
+    start_with(bf16="raise SystemExit(1)", fp8_delayed=endless)
     with pytest.raises(UserError, match=r"bf16_seed_0 ended with exit code 1.*bf16_seed_0\.log"):
-        run_chains(chains[:1], 2)
+        run_chains(chains, 2)
+    assert started["fp8_delayed"].returncode == -signal.SIGTERM and "fp8_current" not in started
+
+    start_with(bf16="import os; os.kill(os.getppid(), 15)", fp8_delayed=endless, fp8_current=endless)
+    with pytest.raises(SystemExit) as end:
+        run_chains(chains, 2)
+    assert end.value.code == 143
+    assert started["fp8_delayed"].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_recipe_of_a_chain_is_one_that_the_loop_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
