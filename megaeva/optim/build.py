@@ -18,7 +18,6 @@ from megaeva.optim.schedule import LearningRate
 from megaeva.optim.tower_optimizer import TowerOptimizers, init_state, main_state
 from megaeva.parallel.collectives import together
 from megaeva.parallel.grid import Grid
-from megaeva.parallel.shards import is_sharded
 from megaeva.parallel.wrap import Tower
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,19 +132,14 @@ def _inner_optimizer(groups: list[dict[str, Any]], optim: OptimSection) -> torch
 def _shard_map(optimizer: MegatronOptimizer, parameters: Sequence[Tensor], grid: Grid, *, sharded: bool) -> ShardMap:
     """Where the pieces of each parameter are: over tp if it is split there, over dp under the distributed optimizer."""
     index: dict[Tensor, int] = {}
-    replicas: list[Tensor] = []
     for i, parameter in enumerate(parameters):
         if sharded and parameter not in optimizer.model_param_group_index_map:
             continue
-        main = main_state(optimizer, parameter)["param"]
-        index[main] = i
-        if not is_sharded(parameter) and grid.tp_rank > 0:
-            replicas.append(main)
+        index[main_state(optimizer, parameter)["param"]] = i
     groups: Any = grid.groups
     return ShardMap(
         len(parameters),
         index,
         device=parameters[0].device,
-        not_counted=frozenset(replicas),
         group=groups.tp_dp_cp if sharded else groups.tp,
     )

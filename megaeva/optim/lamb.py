@@ -25,14 +25,13 @@ class ShardMap:
         num_tensors: whole tensors of the tower on this pipeline rank, equal on every rank of `group`.
         tensor_index: 0..num_tensors-1 for each parameter this rank's optimizer holds.
         device: of the reduced sums; a rank may hold no parameter that would say.
-        not_counted: parameters that another rank of `group` holds as well; it counts them in the sums.
-        group: spans every piece of every tensor; None: this rank holds whole tensors.
+        group: spans every piece of every tensor, of each equally often: a norm that counts a tensor twice does so on
+            both sides of the ratio. None: this rank holds whole tensors.
     """
 
     num_tensors: int
     tensor_index: dict[Tensor, int]
     device: torch.device
-    not_counted: frozenset[Tensor] = frozenset()
     group: dist.ProcessGroup | None = None
 
 
@@ -135,10 +134,8 @@ class Lamb(torch.optim.AdamW):
             shards = ShardMap(len(params), {p: i for i, p in enumerate(params)}, params[0].device)
         sums = torch.zeros(shards.num_tensors, 2, dtype=torch.float64, device=shards.device)
         if params:
-            squares = torch.stack([_square_sums(x) for x in (params, updates)], dim=1)
-            counted = torch.tensor([p not in shards.not_counted for p in params], device=shards.device)
             index = torch.tensor([shards.tensor_index[p] for p in params], device=shards.device)
-            sums.index_add_(0, index, squares * counted[:, None])
+            sums.index_add_(0, index, torch.stack([_square_sums(x) for x in (params, updates)], dim=1))
         if shards.group is not None and shards.group.size() > 1:
             dist.all_reduce(sums, group=shards.group)
         p_norm, u_norm = sums.sqrt().unbind(dim=1)
