@@ -1,11 +1,13 @@
 """Every name and argument of Transformer Engine that megaeva writes down is there, and the check sees what is not."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.te_check import without_gpu
 from tests.te_check.contract import faults, imported
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,22 @@ def test_nothing_else_imports_transformer_engine() -> None:
     for path in (ROOT / "megaeva").rglob("*.py"):
         if path != BACKEND:
             assert not imported(ast.parse(path.read_text())), f"{path} imports Transformer Engine; {BACKEND.name} does"
+
+
+def test_what_stands_in_for_kernels_takes_what_they_take() -> None:
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.module import linear
+
+    pairs = [
+        (without_gpu._linear, te.Linear.forward),
+        (without_gpu._attention, te.DotProductAttention.forward),
+        (without_gpu._product, linear._linear_eager),
+    ]
+    for ours, theirs in pairs:
+        taken, there = (inspect.signature(function).parameters for function in (ours, theirs))
+        assert len(taken) <= len(there)
+        named = {p.name for p in taken.values() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+        assert named <= set(there), theirs
 
 
 def _changed(old: str, new: str) -> str:

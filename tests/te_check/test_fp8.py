@@ -15,9 +15,9 @@ from megaeva.model import VisionTower, set_recompute
 from megaeva.model import transformer_engine as backend
 from megaeva.model.transformer_engine import check_chip, te_recipe, te_step
 from tests.helpers.tiny import example_images, full_shapes, load_full, random_state, single_grid, tiny
-from tests.te_check.without_gpu import computable
+from tests.te_check.without_gpu import bookkeeping, computable
 
-VARIANT = "EVA02-CLIP-L-14"
+CFG = tiny("EVA02-CLIP-L-14", ffn_hidden_size=48)  # FP8 takes multiples of 16
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_chip_that_cannot_is_named(capability: tuple[int, int], works: tuple[s
 
 def _tower(section: Fp8Section) -> VisionTower:
     with mock.patch.object(backend, "check_chip"):
-        tower = VisionTower(tiny(VARIANT).vision, 20, grid=single_grid(), layer_spec="te", fp8=section)
+        tower = VisionTower(CFG.vision, 20, grid=single_grid(), layer_spec="te", fp8=section)
     load_full(tower, random_state(full_shapes(tower)), single_grid())
     return tower
 
@@ -94,7 +94,7 @@ def _step(tower: VisionTower, section: Fp8Section, passes: int = 2) -> list[str]
     def note(forward: bool = True) -> None:
         reduced.append("forward" if forward else "backward")
 
-    images = example_images(tiny(VARIANT))
+    images = example_images(CFG)
     wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
     with mock.patch.object(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", note):
         with te_step([wrapped], section):
@@ -143,7 +143,7 @@ def test_evaluation_and_passes_outside_a_step_keep_nothing() -> None:
     with computable():
         tower = _tower(section)
         wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
-        images = example_images(tiny(VARIANT))
+        images = example_images(CFG)
         with mock.patch.object(FP8GlobalStateManager, "reduce_and_update_fp8_tensors"):
             tower.eval()
             tower(images)
@@ -168,29 +168,83 @@ def test_an_error_in_a_step_reduces_nothing() -> None:
 
 
 def test_histories_get_one_entry_a_step() -> None:
-    """Transformer Engine's buffers and its unfused update, on the CPU: what te_step closes is one entry."""
-    section = Fp8Section(amax_history=4, first_layers_bf16=0, last_layers_bf16=0)
-    group = single_grid().groups.tp_dp_cp
-    from transformer_engine.pytorch.quantization import RecipeState
+    """The largest value of all passes, of what each linear saw, in Transformer Engine's own modules and buffers."""
+    section = Fp8Section(amax_history=4, first_layers_bf16=1, last_layers_bf16=0)
+    seen: dict[str, list[float]] = {}
+    with bookkeeping():
+        tower = _tower(section)
+        in_fp8 = {name: linear for name, linear in _linears(tower).items() if not name.startswith("blocks.layers.0.")}
+        for name, linear in in_fp8.items():
+            linear.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].abs().max().item())
+            )
+        wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
+        images = example_images(CFG)
+        largest: dict[str, list[float]] = {name: [] for name in in_fp8}
+        for step in range(3):
+            seen.clear()
+            with te_step([wrapped], section):
+                with torch.no_grad():
+                    tower(images)
+                for factor in (1.0, 2.0 + step, 0.5):  # passes whose values differ
+                    tower(factor * images).square().sum().backward()
+            for name in in_fp8:
+                largest[name].append(max(seen[name]))
+    for name, linear in in_fp8.items():
+        state = linear.fp8_meta["scaling_fwd"]
+        history = state.amax_history[:, 0].tolist()
+        assert history == pytest.approx([0.0, *largest[name]]), name  # row 0 is the step to come
+        assert state.scale[0].item() == pytest.approx(448.0 / max(largest[name])), name
+        weight = linear.weight.detach().abs().max().item()
+        assert state.amax_history[:, 1].tolist() == pytest.approx([0.0, *[weight] * 3]), name
+        gradients = linear.fp8_meta["scaling_bwd"].amax_history[:, 0]
+        assert gradients[0] == 0 and (gradients[1:] > 0).all(), name
+    for name, linear in _linears(tower).items():
+        if name not in in_fp8:
+            assert "scaling_fwd" not in linear.fp8_meta, name
 
-    states = {}
-    for key, mode in (("scaling_fwd", "forward"), ("scaling_bwd", "backward")):
-        states[key] = RecipeState.create(te_recipe(section), mode=mode, num_quantizers=3, device=torch.device("cpu"))
-    meta = {"recipe": te_recipe(section), "fp8_group": group, **states}
-    unfused = mock.patch.dict("os.environ", {"NVTE_UNFUSED_FP8_UPDATE": "1"})
-    with computable(), unfused, torch.compiler.set_stance("force_eager"):
+
+def test_a_repeated_pass_sees_the_scales_of_the_first() -> None:
+    section = Fp8Section(amax_history=4, first_layers_bf16=0, last_layers_bf16=0)
+    with bookkeeping():
         tower = _tower(section)
         wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
-        for step in range(2):
+        linear = _linears(tower)["blocks.layers.1.mlp.linear_fc1"]
+        scales = []
+        linear.register_forward_hook(lambda *_: scales.append(linear.fp8_meta["scaling_fwd"].scale.clone()))
+        images = example_images(CFG)
+        for _ in range(2):
             with te_step([wrapped], section):
-                with backend.autocast(recipe=te_recipe(section), amax_reduction_group=group):
-                    FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(meta)
-                for value in (1.0, 4.0 + step, 2.0):  # passes; the cast kernels take the maximum
-                    for state in states.values():
-                        state.amax_history[0].clamp_(min=value)
-                assert all((state.scale == (1.0 if step == 0 else 112.0)).all() for state in [states["scaling_fwd"]])
-    forward, backward = states["scaling_fwd"], states["scaling_bwd"]
-    assert sorted(forward.amax_history[:, 0].tolist()) == [0.0, 0.0, 4.0, 5.0]
-    assert torch.allclose(forward.scale, torch.tensor(448.0 / 5.0)) and torch.allclose(
-        backward.scale, torch.tensor(57344.0 / 5.0)
-    )
+                with torch.no_grad():
+                    tower(images)
+                tower(images).square().sum().backward()
+    assert torch.equal(scales[0], scales[1]) and torch.equal(scales[2], scales[3])
+    assert not torch.equal(scales[1], scales[2])
+
+
+@pytest.mark.parametrize("name", ["current", "mxfp8", "blockwise"])
+def test_other_recipes_pass_through_the_real_modules(name: Any) -> None:
+    """Their quantizers are made and their checks of shapes pass; they keep no state."""
+    section = Fp8Section(recipe=name, first_layers_bf16=0, last_layers_bf16=0)
+    from transformer_engine.pytorch import quantization
+
+    yes = mock.Mock(return_value=(True, ""))
+    kinds = set()
+    with (
+        bookkeeping(),
+        mock.patch.multiple(
+            quantization, check_mxfp8_support=yes, check_fp8_block_scaling_support=yes, check_fp8_support=yes
+        ),
+    ):
+        tower = _tower(section)
+        wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
+        with mock.patch("tests.te_check.without_gpu._observe"), te_step([wrapped], section):
+            tower(example_images(CFG)).square().sum().backward()
+        for linear in _linears(tower).values():
+            kinds |= {type(quantizer).__name__ for quantizer in linear.quantizers["scaling_fwd"]}
+    expected = {
+        "current": "Float8CurrentScalingQuantizer",
+        "mxfp8": "MXFP8Quantizer",
+        "blockwise": "Float8BlockQuantizer",
+    }
+    assert kinds == {expected[name]}

@@ -91,3 +91,62 @@ def computable() -> Iterator[None]:
         for owner, forward in replaced.items():
             stack.enter_context(mock.patch.object(owner, "forward", forward))
         yield
+
+
+class _Observed(torch.autograd.Function):
+    """Leaves the largest gradient where the cast of the gradient to FP8 would."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, quantizer: Any) -> Tensor:
+        ctx.quantizer = quantizer
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        _observe(ctx.quantizer, grad)
+        return grad, None
+
+
+def _observe(quantizer: Any, x: Tensor) -> None:
+    quantizer.amax.copy_(torch.maximum(quantizer.amax, x.detach().abs().max()))
+
+
+def _product(
+    weight: Tensor, x: Tensor, bias: Tensor | None, args: Any, is_grad_enabled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`_linear_eager` of one rank: a product not quantised, with the largest values that its casts would leave."""
+    workspace = None
+    if args.fp8:
+        from transformer_engine.pytorch.module.linear import assert_dim_for_fp8_exec
+
+        assert_dim_for_fp8_exec(x, weight)
+        _observe(args.input_quantizer, x)
+        if args.is_first_microbatch in (None, True) or args.weight_workspace is None:
+            _observe(args.weight_quantizer, weight)
+        workspace = weight.detach().clone() if args.cache_weight and args.weight_workspace is None else None
+    out = F.linear(x, weight, bias)
+    if args.fp8 and is_grad_enabled:
+        out = _Observed.apply(out, args.grad_output_quantizer)  # type: ignore[no-untyped-call]
+    return out, workspace
+
+
+@contextmanager
+def bookkeeping() -> Iterator[None]:
+    """`computable`, but the whole of te.pytorch.Linear.forward runs, its state, checks and caches, up to the autograd
+    function around its kernels."""
+    from transformer_engine.pytorch import quantization
+    from transformer_engine.pytorch.module import base, linear
+
+    from megaeva.parallel import platform
+
+    real = linear.Linear.forward
+    with computable(), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(linear.Linear, "forward", real))
+        stack.enter_context(mock.patch.object(linear, "_linear_eager", _product))
+        stack.enter_context(mock.patch.object(quantization, "torch", platform._torch_on_cpu()))
+        stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True, create=True))
+        for name in ("nvtx_range_push", "nvtx_range_pop"):
+            stack.enter_context(mock.patch.object(base, name))
+        stack.enter_context(mock.patch.dict("os.environ", {"NVTE_UNFUSED_FP8_UPDATE": "1"}))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
