@@ -296,8 +296,8 @@ class Fp16Section(Section):
 class SpikeGuardSection(Section):
     """What happens to a step whose loss or gradient norm stands out of the steps before it.
 
-    Until `window` steps are accepted nothing is a spike; from then on a loss or norm that is not finite is one. Features
-    of a contrastive step that are not finite, of which there is no loss, stop the run as they do without a guard.
+    Until `window` steps are accepted nothing is a spike; from then on a loss or norm that is not finite is one.
+    Features of a contrastive step that are not finite have no loss: they stop the run as they do without a guard.
     """
 
     action: Literal["skip", "roll_back"] = Field(
