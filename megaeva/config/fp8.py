@@ -51,11 +51,13 @@ def fp8_line(cfg: Config, *, emulated: bool) -> str | None:
 
 
 def _towers(cfg: Config) -> list[tuple[str, VisionSection | TextSection, int]]:
-    """(name, section, tp) of what is trained."""
-    vision: list[tuple[str, VisionSection | TextSection, int]] = [
+    """(name, section, tp) of what is trained; a frozen tower is in evaluation mode, so in bf16."""
+    towers: list[tuple[str, VisionSection | TextSection, int]] = [
         ("vision", cfg.model.vision, cfg.parallel.vision.tp),
     ]
-    return vision if cfg.task == "mim" else [*vision, ("text", cfg.model.text, cfg.parallel.text.tp)]
+    if cfg.task == "contrastive":
+        towers.append(("text", cfg.model.text, cfg.parallel.text.tp))
+    return [tower for tower in towers if tower[0] not in cfg.optim.frozen]
 
 
 def _count(section: VisionSection | TextSection, tp_size: int, fp8: Fp8Section) -> int:
