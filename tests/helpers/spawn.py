@@ -9,10 +9,12 @@ which ranks of a real job do not: an order that comes from a set shows in the te
 import importlib.util
 import os
 import pickle
+import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,56 @@ def _run(
         raise SystemExit(1) from None
 
 
+def _server() -> Any:
+    if str(_ROOT) not in sys.path:
+        sys.path.insert(0, str(_ROOT))  # handed to the child, which must import this file
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
+
+
+class TrainingProcess:
+    """`python -m megaeva.train ARGUMENTS` that has begun, without the seconds of its imports.
+
+    Args:
+        arguments: of its command line.
+        folder: of the files that it prints to.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+        self._printed = tuple(Path(tempfile.mkstemp(suffix, "printed_", folder)[1]) for suffix in (".out", ".err"))
+        self._process = _server().Process(target=_train, args=(dict(os.environ), list(arguments), self._printed))
+        self._process.start()
+
+    def kill(self, signum: signal.Signals) -> None:
+        """Sends a signal."""
+        os.kill(self._process.pid, signum)
+
+    def finish(self, timeout: float = 100) -> tuple[int, str, str]:
+        """Its exit code, negative for a signal, and what it printed to stdout and stderr.
+
+        Raises:
+            AssertionError: it did not end within `timeout` seconds; it is killed.
+        """
+        self._process.join(timeout)
+        if ended_too_late := self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        out, err = (file.read_text() for file in self._printed)
+        assert not ended_too_late, f"it did not end within {timeout:g} s: {out}{err}"
+        return self._process.exitcode, out, err
+
+
+def _train(environment: dict[str, str], arguments: list[str], printed: tuple[Path, Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, file in enumerate(printed, 1):
+        os.dup2(os.open(file, os.O_WRONLY), descriptor)
+    from megaeva.train import main
+
+    sys.exit(main(arguments))
+
+
 def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 110) -> list[Any]:
     """Returns what `fn(runtime, *args)` returned on ranks 0..num_ranks-1, each a process with one thread on gloo.
 
@@ -83,12 +135,9 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float
         AssertionError: a rank failed (with its traceback), died, or did not end in time. No process is left behind.
     """
     assert fn.__qualname__.isidentifier(), "a top-level function, as the child looks it up by name"
-    if str(_ROOT) not in sys.path:
-        sys.path.insert(0, str(_ROOT))  # handed to the child, which must import this file
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     target = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    context = _server()
     pipes: dict[Connection, int] = {}
     processes = []
     results: dict[int, Any] = {}

@@ -14,6 +14,7 @@ import yaml
 
 from megaeva.data.synthetic import make_shards
 from megaeva.observability.metrics import read_metrics
+from tests.helpers.spawn import TrainingProcess
 
 TINY_VISION = {
     "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 64,
@@ -49,19 +50,8 @@ def write_recipe(folder: Path, shards: str, **other: object) -> Path:
     return path
 
 
-def start(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "megaeva.train", str(recipe), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
+def start(recipe: Path, *arguments: str) -> TrainingProcess:
+    return TrainingProcess([str(recipe), *arguments], recipe.parent)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -80,8 +70,10 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: str) -> dict[int, tuple[float, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, out, err = finish(start(write_recipe(folder, shards)))
-    assert code == 0, out + err
+    # As torchrun starts a rank; the others are forked.
+    command = [sys.executable, "-m", "megaeva.train", str(write_recipe(folder, shards))]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((folder / "run" / "finished.json").read_text())["samples"] == 8 * TOTAL_STEPS
     result = losses(folder / "run")
     assert list(result) == list(range(1, TOTAL_STEPS + 1))
@@ -96,9 +88,9 @@ def test_killed_and_resumed_run_repeats_every_loss(
     for number, step in enumerate(kill_at):
         process = start(recipe, *(["--resume"] if number else []))
         wait_for_step(tmp_path / "run", step)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    code, out, err = finish(start(recipe, "--resume"))
+        process.kill(signal.SIGKILL)
+        assert process.finish()[0] == -signal.SIGKILL
+    code, out, err = start(recipe, "--resume").finish()
     assert code == 0, out + err
     assert losses(tmp_path / "run") == uninterrupted
 
@@ -107,19 +99,19 @@ def test_sigterm_saves_and_says_so(tmp_path: Path, shards: str, uninterrupted: d
     recipe = write_recipe(tmp_path, shards, save={"every_steps": None, "keep": 1})
     process = start(recipe)
     wait_for_step(tmp_path / "run", 2)
-    process.send_signal(signal.SIGTERM)
-    code, out, _ = finish(process)
+    process.kill(signal.SIGTERM)
+    code, out, _ = process.finish()
     assert code == 143
     assert "--resume" in out
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
-    code, out, err = finish(start(recipe, "--resume"))
+    code, out, err = start(recipe, "--resume").finish()
     assert code == 0, out + err
     assert losses(tmp_path / "run") == uninterrupted
 
 
 def test_features_that_are_not_finite_name_step_rank_samples_and_checkpoint(tmp_path: Path, shards: str) -> None:
     optim = {"vision": {"lr": 1e30}, "warmup_steps": 0}
-    code, _, err = finish(start(write_recipe(tmp_path, shards, optim=optim, save={"every_steps": 1})))
+    code, _, err = start(write_recipe(tmp_path, shards, optim=optim, save={"every_steps": 1})).finish()
     assert code == 2
     assert "Traceback" not in err
     assert re.search(r"error: step \d+: not finite: text_BE on rank 0 in 8 of 8 rows, first in row 0", err), err
@@ -134,12 +126,12 @@ def test_features_that_are_not_finite_name_step_rank_samples_and_checkpoint(tmp_
 def test_a_run_folder_in_use_is_not_overwritten(tmp_path: Path, shards: str) -> None:
     train = {"total_samples": 32, "global_batch_size": 8, "precision": "fp32"}
     recipe = write_recipe(tmp_path, shards, train=train)
-    code, out, err = finish(start(recipe))
+    code, out, err = start(recipe).finish()
     assert code == 0, out + err
-    code, _, err = finish(start(recipe))
+    code, _, err = start(recipe).finish()
     assert code == 2
     assert "--resume" in err
-    code, _, err = finish(start(recipe, "--resume", "model.vision.hidden_size=48"))
+    code, _, err = start(recipe, "--resume", "model.vision.hidden_size=48").finish()
     assert code == 2
     assert "hidden_size" in err
     assert "Traceback" not in err
