@@ -94,16 +94,22 @@ def computable() -> Iterator[None]:
 
 
 class _Observed(torch.autograd.Function):
-    """Leaves the largest gradient where the cast of the gradient to FP8 would."""
+    """Leaves the largest gradient where the cast of the gradient to FP8 would, and reduces as `linear._Linear` does."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, quantizer: Any) -> Tensor:
-        ctx.quantizer = quantizer
+        from transformer_engine.pytorch.module import linear
+
+        ctx.quantizer, ctx.reduces = quantizer, linear._check_fp8_reduce_and_update()
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
         _observe(ctx.quantizer, grad)
+        if ctx.reduces:
+            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
         return grad, None
 
 
