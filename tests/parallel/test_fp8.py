@@ -1,5 +1,6 @@
 """The FP8 rehearsal trains the same on any layout of ranks, and a step that runs twice repeats itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,14 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaeva.config.schema import AxesSection, Config, Fp8Section, TrainSection
+from megaeva.data.synthetic import make_shards
 from megaeva.model.fp8 import fp8_linears, fp8_step
 from megaeva.model.linear import ColumnLinear, RowLinear
+from megaeva.observability.metrics import read_metrics
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.tasks.contrastive import Contrastive
+from megaeva.trainer import Trainer
 from tests.helpers.layouts import Layout
 from tests.helpers.parallel_runs import Case, fill, make_recipe, whole_batch, whole_weights
 from tests.helpers.spawn import run_ranks
+from tests.helpers.trainer_recipe import model, trainer_recipe
 
 NUM_STEPS = 3
 FP8 = Fp8Section(recipe="delayed", amax_history=2, first_layers_bf16=1, last_layers_bf16=0, rehearse=True)
@@ -172,3 +177,55 @@ def linears_in_fp8(runtime: Runtime) -> set[str]:
             if not torch.equal(ours.train()(x, *bias), plain):
                 changed.add(f"{name}.{linear}")
     return changed
+
+
+def continued(runtime: Runtime, folder: str) -> list[str]:
+    """Trains 4 steps from a save after 2, in several ways; returns what the last way has no state for."""
+    fp8 = {"recipe": "delayed", "amax_history": 3, "first_layers_bf16": 0, "rehearse": True}
+    said: list[str] = []
+
+    def run(name: str, parallel: dict[str, Any], precision: str, *, stop: int = 4, resume: bool = False) -> None:
+        train = {
+            "total_samples": 32, "global_batch_size": 8, "micro_batch_size": 2, "log_every_steps": 1,
+            "precision": precision, "fp8": fp8,
+        }  # fmt: skip
+        cfg = trainer_recipe(
+            Path(folder),
+            name,
+            4,
+            model=model(vision_layers=4, text_layers=2),
+            optim={"vision": {"lr": 1e-2}},
+            parallel=parallel,
+            train=train,
+            save={"every_steps": 2, "asynchronous": False},
+        )
+        trainer = Trainer(cfg, runtime, resume=resume, recipe_changes=[])
+        said[:] = trainer.begun_anew
+        if stop == 4:
+            trainer.fit()
+        else:
+            while trainer.next_step < stop:
+                trainer.log(trainer.step(trainer.next_batch()[0]))
+            trainer.position = trainer.loader.state_dict()
+            trainer.save()
+            trainer.loader.close()
+            trainer.record.close()
+
+    pp2: dict[str, Any] = {"vision": {"pp": 2}}
+    run("whole", pp2, "fp8")
+    for name, after in (("same", pp2), ("elsewhere", {})):
+        run(name, pp2, "fp8", stop=2)
+        run(name, after, "fp8", resume=True)
+    run("from bf16", pp2, "bf16", stop=2)
+    run("from bf16", pp2, "fp8", resume=True)
+    return said
+
+
+def test_a_resumed_run_continues_bit_for_bit_with_its_scales(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", num_shards=2, samples_per_shard=16, image_size=40, seed=0)
+    # Scales and histories of 8 linears in the first stage, of 4 in the second, whose last layer is bf16; 4 of text.
+    line = "FP8 scales and histories begin anew: the checkpoint lacks {} of them"
+    assert run_ranks(continued, 2, str(tmp_path)) == [[line.format(24)], [line.format(16)]]
+    losses = {name: [row["loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "same", "elsewhere")}
+    assert losses["same"] == losses["whole"]
+    assert losses["elsewhere"] == losses["whole"]
