@@ -5,16 +5,16 @@ work, so nobody does it but on a branch that is for it. `make te-check` holds ev
 installed package; nothing here has run on a GPU.
 
 Parameters have the names, shapes and attributes of the local spec's. `_extra_state`, in which Transformer Engine
-pickles FP8 bookkeeping, is neither saved nor asked for by `checkpoint.pieces`.
+pickles FP8 bookkeeping, is neither saved nor asked for by `checkpoint.pieces`; scales and histories are, by `run_state`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megaeva.config.schema import Fp8Section
@@ -120,6 +120,8 @@ def te_step(towers: Sequence[Tower], fp8: Fp8Section) -> Iterator[None]:
     step = autocast(enabled=True, recipe=te_recipe(fp8))
     step.__enter__()
     FP8GlobalStateManager.quantization_state.is_first_fp8_module = False
+    for linear in linears:
+        linear.take_up_run_state()
     try:
         yield
     except BaseException:
@@ -186,11 +188,18 @@ def _row_multiple(fp8: Fp8Section | None, *, overlap: bool, sequence_parallel: b
 # ---------------------------------------------------------------------------------------------------------- linears
 
 
+_NUM_QUANTISED = {"fwd": 3, "bwd": 2}  # input, weight, output; gradients of output and input
+
+
 class _Linear:
     """What this project's two linears do around Transformer Engine's."""
 
     amax_group: ProcessGroup | None = None
     """Over which largest values are reduced; `te_step` sets it."""
+    # Transformer Engine's and mcore's:
+    weight: nn.Parameter
+    fp8_meta: dict[str, Any]
+    init_fp8_meta_tensors: Callable[[Any], None]
     is_first_microbatch: bool
     disable_parameter_transpose_cache: bool
 
@@ -201,6 +210,41 @@ class _Linear:
         self._overlap = {name: getattr(self, name) for name in _OVERLAPS} if overlap else {}
         # Outside a step FP8 copies of the weights are not kept: nobody says when the weights change.
         self.disable_parameter_transpose_cache = True
+        self._run_state: dict[str, Tensor] = {}
+
+    def run_state(self) -> dict[str, Tensor]:
+        """Copies of what recipe=delayed goes on with, before the first step what it begins with.
+
+        What is read into them counts from the next step on. See `checkpoint.pieces.run_state_pieces`.
+        """
+        if self._recipe is None or not self._recipe.delayed():
+            return {}
+        if "scaling_fwd" in self.fp8_meta:
+            self._run_state = {name: buffer.clone() for name, buffer in self._fp8_buffers().items()}
+        else:
+            length, device = self._recipe.amax_history_len, self.weight.device
+            for way, count in _NUM_QUANTISED.items():
+                self._run_state[f"fp8_scale_{way}"] = torch.ones(count, device=device)
+                self._run_state[f"fp8_history_{way}"] = torch.zeros(length, count, device=device)
+        return self._run_state
+
+    def take_up_run_state(self) -> None:
+        """Puts into Transformer Engine's buffers what `run_state` gave out, inside an autocast with the recipe."""
+        if not self._run_state:
+            return
+        if "scaling_fwd" not in self.fp8_meta:
+            self.fp8_meta.update(num_gemms=1, recipe=self._recipe)
+            self.init_fp8_meta_tensors(self._recipe)
+        for name, buffer in self._fp8_buffers().items():
+            buffer.copy_(self._run_state[name])
+        self._run_state = {}
+
+    def _fp8_buffers(self) -> dict[str, Tensor]:
+        buffers: dict[str, Tensor] = {}
+        for way in _NUM_QUANTISED:
+            state = self.fp8_meta[f"scaling_{way}"]
+            buffers |= {f"fp8_scale_{way}": state.scale, f"fp8_history_{way}": state.amax_history}
+        return buffers
 
     def _context(self, in_fp8: bool) -> AbstractContextManager[Any]:
         if in_fp8:

@@ -9,6 +9,7 @@ import torch
 from transformer_engine.common import recipe as recipes
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager, get_align_size_for_quantization
 
+from megaeva.checkpoint.pieces import run_state_pieces
 from megaeva.config.schema import Fp8Section
 from megaeva.errors import UserError
 from megaeva.model import VisionTower, set_recompute
@@ -220,6 +221,38 @@ def test_a_repeated_pass_sees_the_scales_of_the_first() -> None:
                 tower(images).square().sum().backward()
     assert torch.equal(scales[0], scales[1]) and torch.equal(scales[2], scales[3])
     assert not torch.equal(scales[1], scales[2])
+
+
+def test_a_resumed_run_goes_on_with_its_scales() -> None:
+    section = Fp8Section(amax_history=4, first_layers_bf16=1, last_layers_bf16=0)
+
+    def steps(tower: VisionTower, factors: list[float]) -> None:
+        wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
+        for factor in factors:
+            with te_step([wrapped], section):
+                tower(factor * example_images(CFG)).square().sum().backward()
+
+    def pieces(tower: VisionTower) -> dict[str, Any]:
+        return {piece.key: piece for piece in run_state_pieces(tower, "vision.", tower.grid)}
+
+    with bookkeeping():
+        whole = _tower(section)
+        assert all(piece.data.unique().numel() == 1 for piece in pieces(whole).values()), "ones and zeros"
+        steps(whole, [1.0, 3.0])
+        saved = {key: piece.data for key, piece in pieces(whole).items()}
+        before = {key: data.clone() for key, data in saved.items()}
+        steps(whole, [2.0])
+        assert all(torch.equal(saved[key], before[key]) for key in saved), "a save in flight keeps its values"
+        FP8GlobalStateManager.reset()
+        resumed = _tower(section)
+        for key, piece in pieces(resumed).items():
+            piece.data.copy_(saved[key])
+        steps(resumed, [2.0])
+        goes_on, after = pieces(whole), pieces(resumed)
+    assert len(saved) == 4 * 4 * 2, "four tensors of four linears in two layers"
+    assert goes_on.keys() == after.keys()
+    assert all(torch.equal(goes_on[key].data, after[key].data) for key in goes_on)
+    assert not all(torch.equal(goes_on[key].data, saved[key]) for key in goes_on)
 
 
 @pytest.mark.parametrize("name", ["current", "mxfp8", "blockwise"])
