@@ -1,4 +1,4 @@
-"""The `megaeva` command: doctor, demo, data, train, loop, eval, convert, inspect, bench.
+"""The `megaeva` command: doctor, demo, data, train, plan, loop, eval, convert, inspect, bench.
 
 Nothing heavy is imported before a command runs: the help appears at once, and a mistake in a recipe is told before
 torch is loaded. Mistakes of the user end in their message and exit code 2, a job that died in 1, Ctrl-C in 130.
@@ -205,7 +205,8 @@ def train(
     cfg = load(recipe, overrides or ())
     check_world(cfg, processes)
     if topology:
-        from megaeva.planning import rate_lines, topology_lines
+        from megaeva.planning.rates import rate_lines
+        from megaeva.planning.topology import topology_lines
 
         typer.echo("\n".join([*topology_lines(cfg, processes), "", *rate_lines(cfg)]))
         return
@@ -217,6 +218,55 @@ def train(
 
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
     launch(recipe, overrides or [], section, Path(cfg.run_dir) / "train.log", resume, again=_TRAIN_AGAIN)
+
+
+@app.command("plan")
+@explained
+def plan_run(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="A YAML file of recipes/.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many, a process on each.")] = 8,
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="a100-40, a100-80, h100-80, h200, b200, or a YAML file.")
+    ] = "a100-80",
+    search: Annotated[bool, typer.Option("--search", help="Try layouts; print the best, and why not others.")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The published model it is, if no checkpoint is here.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON too.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw memory by stage.")] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Only print published runs beside what is predicted of them.")
+    ] = False,
+) -> None:
+    """Say what a recipe takes on a cluster: memory of each GPU, seconds of a step, days.
+
+    By formulae, see megaeva/planning/formulae.py; nothing is started.
+    """
+    if calibration:
+        from megaeva.planning.calibration import calibration_lines
+
+        typer.echo("\n".join(calibration_lines()))
+        return
+    if recipe is None:
+        raise ConfigError(
+            "megaeva plan needs a recipe (or --calibration); e.g. megaeva plan recipes/clip_eva_18b.yaml."
+        )
+    from megaeva.planning.command import run_plan
+
+    lines = run_plan(
+        recipe,
+        overrides or [],
+        gpus,
+        gpu,
+        teacher_name=teacher,
+        searching=search,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+    typer.echo("\n".join(lines))
 
 
 @app.command()

@@ -74,3 +74,8 @@ def sharing_ranks(cfg: Config) -> int:
     Within it each tower's data ranks take their own slice of those samples.
     """
     return lcm(*(axes.tp * axes.pp for axes in step_axes(cfg).values()))
+
+
+def num_kept(num_patches: int, patch_dropout: float) -> int:
+    """How many patches survive dropout: max(1, int(N * (1 - patch_dropout)))."""
+    return max(1, int(num_patches * (1 - patch_dropout)))

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaeva.config.schema import MaskSection
+from megaeva.config.topology import num_kept
 
 _ATTEMPTS_PER_BLOCK = 10
 
@@ -45,11 +46,6 @@ def _add_block(rng: np.random.Generator, covered: NDArray[np.bool_], most: int, 
             block[:] = True
             return added
     return 0
-
-
-def num_kept(num_patches: int, patch_dropout: float) -> int:
-    """How many patches survive dropout: max(1, int(N * (1 - patch_dropout)))."""
-    return max(1, int(num_patches * (1 - patch_dropout)))
 
 
 def keep_indices(rng: np.random.Generator, num_patches: int, patch_dropout: float) -> NDArray[np.int64]:

@@ -1,6 +1,9 @@
-"""What a run would take, computed from its recipe: no data, no process group, no memory."""
+"""What a run would take, computed from its recipe: no data, no process group, no memory.
 
-from megaeva.planning.rates import rate_lines
-from megaeva.planning.topology import topology_lines
+`plan` (formulae, no torch) answers for any cluster. `topology` and `rates` draw what a run does, from towers on the
+meta device, and are imported by those names.
+"""
 
-__all__ = ["rate_lines", "topology_lines"]
+from megaeva.planning.estimate import plan
+
+__all__ = ["plan"]

@@ -7,7 +7,8 @@ from torch import nn
 
 from megaeva.config.schema import Config
 from megaeva.optim.param_groups import Depth, find_rule, param_groups
-from megaeva.planning.topology import Spread, columns, spread_towers
+from megaeva.planning.table import columns
+from megaeva.planning.topology import Spread, spread_towers
 
 
 def rate_lines(cfg: Config) -> list[str]:

@@ -20,6 +20,7 @@ from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import grid_of_one
 from megaeva.parallel.shards import is_sharded
+from megaeva.planning.table import columns, in_bytes
 
 _FIRST_STAGE = re.compile(r"(?:vision\.)?(patch_embed|cls_token|pos_embed|ln_pre|mask_token|token_embedding)\b")
 _LAST_STAGE = re.compile(r"(?:vision\.)?(norm|head|lm_head|log_scale|logit_bias)\b")
@@ -225,8 +226,8 @@ def _holding_rows(group: Sequence[Holding], axes: AxesSection, world_size: int) 
     else:
         where = _range(ranks) + (f" mod {model_size}" if model_size < world_size else "")
     row = (
-        first.tower, where, wrapped[0], ends if layers else "-", f"{first.parameters:,}", _bytes(first.weight_bytes),
-        _bytes(first.gradient_bytes), _bytes(first.optimizer_bytes),
+        first.tower, where, wrapped[0], ends if layers else "-", f"{first.parameters:,}", in_bytes(first.weight_bytes),
+        in_bytes(first.gradient_bytes), in_bytes(first.optimizer_bytes),
     )  # fmt: skip
     return [row, *(("", "", more, "", "", "", "", "") for more in wrapped[1:])]
 
@@ -234,27 +235,8 @@ def _holding_rows(group: Sequence[Holding], axes: AxesSection, world_size: int) 
 def _model_states(held: Iterable[Sequence[Holding]]) -> str:
     """The most that one rank holds of all towers."""
     heaviest = [max(one.weight_bytes + one.gradient_bytes + one.optimizer_bytes for one in stages) for stages in held]
-    return f"weights, gradients and optimizer of a rank: at most {_bytes(sum(heaviest))}"
-
-
-def columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    """Rows of a table as lines; `right` numbers the columns whose cells end where the column does."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return f"weights, gradients and optimizer of a rank: at most {in_bytes(sum(heaviest))}"
 
 
 def _range(values: range) -> str:
     return str(values.start) if len(values) == 1 else f"{values.start}-{values.stop - 1}"
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B" if number else "-"

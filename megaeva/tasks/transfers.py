@@ -1,8 +1,7 @@
 """The buffers of `parallel.vision.tp_comm_overlap`, for the one shape that a step's passes have."""
 
 from megaeva.config.schema import Config
-from megaeva.config.topology import microbatches
-from megaeva.data.masking import num_kept
+from megaeva.config.topology import microbatches, num_kept
 from megaeva.errors import UserError
 from megaeva.model.layer_specs import DTYPES
 from megaeva.parallel.runtime import Runtime

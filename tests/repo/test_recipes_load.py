@@ -7,7 +7,7 @@ import pytest
 
 from megaeva.config import check_world, load, load_loop
 from megaeva.config.phases import run_phases
-from megaeva.planning import topology_lines
+from megaeva.planning.topology import topology_lines
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ALL = sorted(RECIPES.glob("*.yaml"))

@@ -7,7 +7,7 @@ import pytest
 from megaeva.config.schema import Config
 from megaeva.config.variants import VARIANTS
 from megaeva.optim.param_groups import find_rule, param_groups
-from megaeva.planning import rate_lines
+from megaeva.planning.rates import rate_lines
 from megaeva.planning.topology import spread_towers
 
 RATES = {"vision": {"lr": 4e-4, "layer_decay": 0.9}, "text": {"lr": 4e-5, "layer_decay": 0.75}, "weight_decay": 0.05}

@@ -1,0 +1,90 @@
+"""`megaeva plan`: from a recipe's file to lines, JSON and a plot."""
+
+import difflib
+import json
+from pathlib import Path
+
+from megaeva.checkpoint.layout import is_run, read_model_section
+from megaeva.config import VARIANTS, check_world, load
+from megaeva.config.schema import Config, ModelSection
+from megaeva.config.validate import check_teacher
+from megaeva.errors import CheckpointError, ConfigError, UserError
+from megaeva.planning.estimate import plan
+from megaeva.planning.gpus import find_gpu
+from megaeva.planning.report import plan_json, plan_lines, write_plot
+from megaeva.planning.search import remedies, search, search_lines
+
+
+def run_plan(
+    recipe: Path,
+    overrides: list[str],
+    num_gpus: int,
+    gpu_name: str,
+    *,
+    teacher_name: str | None = None,
+    searching: bool = False,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+) -> list[str]:
+    """Lines for the terminal; writes the files that are asked for.
+
+    Raises:
+        UserError: the recipe or the GPU cannot be read, the recipe does not go on so many GPUs, or no layout fits.
+    """
+    gpu = find_gpu(gpu_name)
+    cfg = load(recipe, overrides)
+    if not searching:
+        check_world(cfg, num_gpus)
+    teacher = _teacher(cfg, recipe, teacher_name)
+    if searching:
+        found = search(cfg, num_gpus, gpu, teacher)
+        lines, plans = search_lines(found), found.best
+        if not plans:
+            raise UserError("\n".join(lines))
+    else:
+        plans = [plan(cfg, num_gpus, gpu, teacher)]
+        lines = plan_lines(plans[0]) + remedies(plans[0], teacher)
+    if json_path is not None:
+        values = [plan_json(one) for one in plans]
+        json_path.write_text(
+            json.dumps({"best": values} if searching else values[0], indent=2) + "\n", encoding="utf-8"
+        )
+    if plot_path is not None:
+        write_plot(plans[0], plot_path)
+    return lines
+
+
+def _teacher(cfg: Config, recipe: Path, name: str | None) -> ModelSection | None:
+    """The teacher's towers: of the name, of the checkpoint if it is there, else of the recipe beside this one that
+    makes it; None where none of these says it, and for a run without one."""
+    if cfg.teacher is None:
+        if name is not None:
+            raise ConfigError(f"--teacher {name} is for task=mim, {recipe} has task={cfg.task}; leave it out.")
+        return None
+    section = _named(name) if name is not None else _found(cfg.teacher.checkpoint, recipe)
+    if section is not None:
+        check_teacher(cfg, section.vision)
+    return section
+
+
+def _named(name: str) -> ModelSection:
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4) or list(VARIANTS)
+        raise ConfigError(f"--teacher {name} must be a published model; did you mean {' or '.join(near)}?")
+    return ModelSection.model_validate({"variant": name} | VARIANTS[name])
+
+
+def _found(checkpoint: str, recipe: Path) -> ModelSection | None:
+    path = Path(checkpoint)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        try:
+            return read_model_section(path)
+        except CheckpointError:
+            if not is_run(path):
+                raise
+    for other in sorted(recipe.parent.glob("*.yaml")):
+        if other != recipe and f"run_dir: {checkpoint}" in other.read_text(encoding="utf-8"):
+            maker = load(other)
+            if maker.run_dir == checkpoint:
+                return maker.model
+    return None

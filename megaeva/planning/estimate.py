@@ -1,0 +1,492 @@
+"""A recipe on a cluster: bytes of each pipeline stage and seconds of a step, put together from `formulae`. No torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megaeva.config.fp8 import NAMES, Fp8Linear, features_on_rank, in_fp8
+from megaeva.config.phases import Phase, run_phases
+from megaeva.config.schema import AxesSection, Config, Fp8Section, ModelSection, TextSection, VisionSection
+from megaeva.config.topology import data_ranks, microbatches, num_kept, virtual_stages
+from megaeva.planning import formulae as f
+from megaeva.planning.formulae import Seconds, Work
+from megaeva.planning.gpus import Gpu
+
+PARTS = (
+    "weights", "FP8 copies", "gradients", "optimizer", "teacher", "activations", "loss", "communication", "margin",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What each rank of a pipeline stage holds at its worst moment.
+
+    Attributes:
+        layers: of the vision tower, one range for each virtual stage.
+        parts: bytes by the names of `PARTS`.
+        moment: of the step, when it is most.
+    """
+
+    stage: int
+    layers: tuple[range, ...]
+    parts: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """One step of a phase.
+
+    Attributes:
+        parts: seconds by what they are spent on, on a rank of the slowest stage.
+        model_flops: of the model on a step's samples, forward and backward once.
+        executed_flops: those and what is computed again.
+    """
+
+    phase: Phase
+    parts: dict[str, float]
+    model_flops: float
+    executed_flops: float
+
+    @property
+    def step(self) -> float:
+        """Seconds."""
+        return sum(self.parts.values())
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.phase.cfg.train.global_batch_size / self.step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found."""
+
+    cfg: Config
+    num_gpus: int
+    gpu: Gpu
+    stages: tuple[StageBytes, ...]
+    phases: tuple[PhaseSeconds, ...]
+    host_bytes: int
+    notes: tuple[str, ...]
+
+    @cached_property
+    def worst(self) -> StageBytes:
+        """The stage that holds most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the GPU."""
+        return int(self.gpu.memory_gib * f.GIB)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits, margin included."""
+        return self.worst.total <= self.capacity
+
+    @property
+    def days(self) -> float:
+        """Of the whole run."""
+        return sum(one.phase.steps * one.step for one in self.phases) / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run."""
+        return self.days * 24 * self.num_gpus
+
+    @property
+    def samples_per_second(self) -> float:
+        """Mean over the run, all GPUs."""
+        return sum(one.phase.samples for one in self.phases) / (self.days * 86400)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs of the run / (its seconds x GPUs x the bf16 peak, fp32's in an fp32 run)."""
+        peak = self.gpu.peak_tflops["fp32" if self.cfg.train.precision == "fp32" else "bf16"] * 1e12
+        flops = sum(one.model_flops * one.phase.steps for one in self.phases)
+        return flops / (self.days * 86400 * self.num_gpus * peak)
+
+
+def plan(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = None) -> Plan:
+    """What the recipe takes on so many GPUs, one process on each.
+
+    The rules of the recipe and `check_world` must hold. Captions are taken at their full context length, an upper
+    bound: the batch's longest counts.
+
+    Args:
+        teacher: of a MIM run; None: it is left out, and a note says so.
+    """
+    runs = [_Step(phase, num_gpus, gpu, teacher) for phase in run_phases(cfg)]
+    stages = tuple(
+        max((run.stage_bytes(stage) for run in runs), key=lambda one: one.total)
+        for stage in range(cfg.parallel.vision.pp)
+    )
+    return Plan(cfg, num_gpus, gpu, stages, tuple(run.seconds() for run in runs), runs[0].host_bytes, runs[0].notes)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """One tower of a step, and its work on a data rank."""
+
+    name: str
+    section: VisionSection | TextSection
+    axes: AxesSection
+    out_dim: int
+    out_rows: int  # tokens of a sequence that are projected
+    head_bias: bool
+    trained: bool
+    work: Work
+    microbatches: int
+    fp8: Fp8Section | None
+    extra_first: int = 0  # parameters: the mask token
+
+    @cached_property
+    def chunks(self) -> tuple[tuple[range, ...], ...]:
+        """Layers of each pipeline rank's chunks."""
+        stages = virtual_stages(self.axes, self.section.num_layers)
+        return tuple(stages[rank :: self.axes.pp] for rank in range(self.axes.pp))
+
+    @property
+    def one_pass(self) -> bool:
+        """As `schedule.Part.in_one_pass`."""
+        return self.microbatches == 1 and self.axes.pp == 1 and self.trained
+
+    def fp8_names(self, layer: int) -> tuple[Fp8Linear, ...]:
+        if self.fp8 is None or not self.trained:
+            return ()
+        return tuple(name for name in NAMES if in_fp8(self.section, self.axes.tp, self.fp8, layer, name))
+
+    def parameters(self, rank: int) -> int:
+        count = sum(map(len, self.chunks[rank])) * f.layer_parameters(self.section, self.axes.tp)
+        if rank == 0:
+            count += f.first_parameters(self.section, self.axes.tp) + self.extra_first
+        if rank == self.axes.pp - 1:
+            count += f.last_parameters(self.section, self.out_dim, self.head_bias)
+        return count
+
+    def fp8_bytes(self, rank: int) -> int:
+        sizes = {name: i * o for name, (i, o) in features_on_rank(self.section, self.axes.tp).items()}
+        layers = (layer for chunk in self.chunks[rank] for layer in chunk)
+        return f.fp8_weight_bytes(sum(sizes[name] for layer in layers for name in self.fp8_names(layer)))
+
+    # ------------------------------------------------------------------------------------------------ activations
+
+    @cached_property
+    def _kept(self) -> dict[tuple[Fp8Linear, ...], int]:
+        """Bytes that a layer keeps, by what of it is in FP8."""
+        selective = self.axes.recompute == "selective"
+        kinds = {self.fp8_names(layer) for layer in range(self.section.num_layers)}
+        return {kind: f.layer_kept_bytes(self.section, self.work, kind, selective) for kind in kinds}
+
+    def kept(self, rank: int) -> int:
+        """Of all microbatches in flight, at the most."""
+        boundary = f.layer_input_bytes(self.section, self.work)
+        costs = []
+        for index, chunk in enumerate(self.chunks[rank]):
+            again = self._num_recomputed(chunk)
+            cost = again * boundary + sum(self._kept[self.fp8_names(layer)] for layer in chunk[again:])
+            if rank == 0 and index == 0:
+                cost += f.embedding_bytes(self.section, self.work)
+            last = rank == self.axes.pp - 1 and index == self.axes.vpp - 1
+            # The output for the next stage, or the last hidden states, of which the projected token is a view.
+            if not last or not (self.work.sequence_parallel or isinstance(self.section, TextSection)):
+                cost += boundary
+            costs.append(cost)
+        return f.warmup_depth(costs, self.axes.pp, rank, self.microbatches)
+
+    def backward_work(self, rank: int) -> int:
+        """Beside what is kept."""
+        again = max(self._kept.values()) if any(map(self._num_recomputed, self.chunks[rank])) else 0
+        return again + f.working_bytes(self.section, self.work, backward=True)
+
+    @property
+    def forward_work(self) -> int:
+        """Of a pass without gradients."""
+        edge = f.embedding_bytes(self.section, self.work) + f.layer_input_bytes(self.section, self.work)
+        return max(edge, f.working_bytes(self.section, self.work, backward=False))
+
+    def _num_recomputed(self, chunk: range) -> int:
+        mode = self.axes.recompute
+        return len(chunk) if mode == "full" else 0 if isinstance(mode, str) else min(mode, len(chunk))
+
+    @property
+    def rows(self) -> int:
+        """Sequences of the data rank in a step."""
+        return self.work.sequences * self.microbatches
+
+    # ------------------------------------------------------------------------------------------------------ seconds
+
+    def stage_seconds(self, gpu: Gpu) -> tuple[Seconds, Seconds, Seconds]:
+        """(forward, backward, computed again) of a microbatch on the pipeline rank that takes longest."""
+        kinds = {self.fp8_names(layer) for layer in range(self.section.num_layers)}
+        overlap = self.axes.tp_comm_overlap
+        of_kind = {k: f.layer_seconds(self.section, self.work, gpu, k, overlap) for k in kinds}
+        ranks = [self._rank_seconds(rank, gpu, of_kind) for rank in range(self.axes.pp)]
+        return max(ranks, key=lambda times: sum(part.total for part in times))
+
+    def _rank_seconds(
+        self, rank: int, gpu: Gpu, of_kind: dict[tuple[Fp8Linear, ...], tuple[Seconds, Seconds]]
+    ) -> tuple[Seconds, Seconds, Seconds]:
+        forward = backward = again = Seconds()
+        for chunk in self.chunks[rank]:
+            recomputed = self._num_recomputed(chunk)
+            for place, layer in enumerate(chunk):
+                there, back = of_kind[self.fp8_names(layer)]
+                forward, backward = forward + there, backward + back
+                if place < recomputed:
+                    again = again + there
+                elif self.axes.recompute == "selective":
+                    again = again + Seconds(attention=there.attention)
+        ends = 0.0
+        if rank == 0:
+            ends += f.first_flops(self.section)
+        if rank == self.axes.pp - 1:
+            ends += f.last_flops(self.section, self.out_dim, self.out_rows)
+        if ends:
+            one = f.ends_seconds(gpu, ends * self.work.sequences, self.work.precision, self.section.hidden_size)
+            forward, backward = forward + one, backward + one * 2
+        return forward, backward, again
+
+
+class _Step:
+    """A step of one phase."""
+
+    def __init__(self, phase: Phase, num_gpus: int, gpu: Gpu, teacher: ModelSection | None) -> None:
+        self.phase, self.num_gpus, self.gpu = phase, num_gpus, gpu
+        cfg = self.cfg = phase.cfg
+        vision, axes = cfg.model.vision, cfg.parallel
+        self.contrastive = cfg.task == "contrastive"
+        tokens = 1 + num_kept(vision.num_patches, vision.patch_dropout)
+        self.text = self.teacher = None
+        notes = []
+        if self.contrastive:
+            frozen = cfg.optim.frozen
+            self.vision = self._tower(
+                "vision", vision, axes.vision, cfg.model.embed_dim, tokens, "vision" not in frozen
+            )
+            text = cfg.model.text
+            self.text = self._tower(
+                "text", text, axes.text, cfg.model.embed_dim, text.context_length, "text" not in frozen
+            )
+            notes.append(f"captions are taken at {text.context_length} tokens; shorter batches cost less")
+        else:
+            assert cfg.mim is not None, "config.validate requires it for this task"
+            width = cfg.model.embed_dim if teacher is None else teacher.embed_dim
+            self.masked = cfg.mim.mask.num_masked
+            student = self._tower("student", vision, axes.vision, width, tokens, True)
+            self.vision = replace(student, out_rows=self.masked, head_bias=True, extra_first=vision.hidden_size)
+            if teacher is None:
+                notes.append(
+                    "the teacher is not counted, as its checkpoint is not there; --teacher NAME says which model it is"
+                )
+            else:
+                patches = teacher.vision.num_patches
+                one = self._tower("teacher", teacher.vision, axes.teacher, teacher.embed_dim, 1 + patches, False)
+                self.teacher = replace(one, out_rows=patches)
+        images = cfg.data.frames * cfg.train.global_batch_size
+        notes.append(f"decoding is not counted: it must give each step's {images:,} images in a step's time")
+        self.notes = tuple(notes)
+
+    def _tower(
+        self,
+        name: str,
+        section: VisionSection | TextSection,
+        axes: AxesSection,
+        out_dim: int,
+        tokens: int,
+        trained: bool,
+    ) -> _Tower:
+        cfg = self.cfg
+        frames = cfg.data.frames if name == "vision" else 1
+        size, passes = microbatches(cfg, axes, self.num_gpus, frames)
+        sp = axes.sequence_parallel and axes.tp > 1
+        precision = cfg.train.precision if trained else cfg.train.parameter_precision
+        work = Work(tokens, size * frames, axes.tp, sp, precision, self.gpu.transformer_engine)
+        bias = isinstance(section, VisionSection) and section.head_bias
+        return _Tower(name, section, axes, out_dim, 1, bias, trained, work, passes, cfg.train.fp8_in_use)
+
+    @property
+    def _trained(self) -> list[_Tower]:
+        return [tower for tower in (self.vision, self.text) if tower is not None and tower.trained]
+
+    def _shards(self, tower: _Tower) -> int:
+        return data_ranks(tower.axes, self.num_gpus) if self.cfg.parallel.distributed_optimizer else 1
+
+    # -------------------------------------------------------------------------------------------------------- bytes
+
+    def stage_bytes(self, stage: int) -> StageBytes:
+        """Of a rank of this pipeline stage."""
+        cfg, number = self.cfg, self.vision.work.number
+        parts = dict.fromkeys(PARTS, 0)
+        for tower in (self.vision, self.text):
+            if tower is None:
+                continue
+            rank = stage if tower is self.vision else 0
+            count = tower.parameters(rank)
+            parts["weights"] += count * number
+            parts["FP8 copies"] += tower.fp8_bytes(rank)
+            if tower.trained:
+                parts["gradients"] += f.gradient_bytes(count)
+                average = cfg.optim.ema_decay is not None
+                parts["optimizer"] += f.optimizer_bytes(count, cfg.train.precision, self._shards(tower), average)
+            parts["communication"] = max(
+                parts["communication"], f.gathered_bytes(tower.section, tower.work, tower.axes.tp_comm_overlap)
+            )
+        if self.teacher is not None:
+            parts["teacher"] = self.teacher.parameters(0) * number
+        moment, parts["activations"], parts["loss"] = max(self._moments(stage), key=lambda one: one[1] + one[2])
+        reserved = int(self.gpu.reserved_gib * f.GIB)
+        parts["margin"] = reserved + int(self.gpu.fragmentation * (parts["activations"] + parts["loss"]))
+        return StageBytes(stage, self.vision.chunks[stage], parts, moment)
+
+    def _moments(self, stage: int) -> Iterator[tuple[str, int, int]]:
+        """(name, activations, loss) of the moments that may be the worst, in the order of a step."""
+        number, vision, text = self.vision.work.number, self.vision, self.text
+        backward = vision.kept(stage) + vision.backward_work(stage)
+        if not self.contrastive:
+            masked, width = self.masked * vision.work.sequences, vision.section.hidden_size
+            targets = self.masked * vision.rows * vision.out_dim * number
+            if self.teacher is not None:
+                yield "the teacher's pass", self.teacher.forward_work, targets
+            last = stage == vision.axes.pp - 1
+            loss = f.distillation_bytes(masked, width, vision.out_dim, number) if last else 0
+            yield "backward of the student", backward, targets + loss
+            return
+        assert text is not None
+        cfg = self.cfg
+        embed, batch = cfg.model.embed_dim, cfg.train.global_batch_size
+        samples = batch // data_ranks(vision.axes, self.num_gpus)
+        texts = batch // data_ranks(text.axes, self.num_gpus)
+        features = f.feature_bytes(samples, embed, number) + f.feature_bytes(texts, embed, number)
+        # Graphs that a tower in one pass keeps from its forward to its backward pass.
+        text_graph = text.kept(0) if text.one_pass else 0
+        graph = vision.kept(stage) if vision.one_pass else 0
+        forward = max(graph, vision.forward_work)
+        if vision.axes.pp > 1:
+            forward += 2 * f.layer_input_bytes(vision.section, vision.work)
+        yield "the first pass of vision", text_graph + forward, features
+        local = batch // self.num_gpus
+        yield "the loss", text_graph + graph, features + f.loss_bytes(local, batch, embed, number)
+        if text.trained:
+            yield "backward of text", text.kept(0) + text.backward_work(0) + graph, features
+        if vision.trained:
+            yield "backward of vision", backward, features
+
+    @property
+    def host_bytes(self) -> int:
+        """A rank's copy of what it saves, in the host's memory: optimizer state, and its share of the weights."""
+        total = 0
+        for tower in self._trained:
+            count, shards = tower.parameters(0), data_ranks(tower.axes, self.num_gpus)
+            average = self.cfg.optim.ema_decay is not None
+            total += f.optimizer_bytes(count, self.cfg.train.precision, self._shards(tower), average)
+            total += -(-count * tower.work.number // shards)
+        return total if self.cfg.save.asynchronous else 0
+
+    # ------------------------------------------------------------------------------------------------------ seconds
+
+    def seconds(self) -> PhaseSeconds:
+        """Of one step."""
+        parts: dict[str, float] = {}
+
+        def add(name: str, value: float) -> None:
+            parts[name] = parts.get(name, 0.0) + value
+
+        executed = 0.0
+        hidden: dict[str, tuple[float, float]] = {}  # of each tower, what its transfers can be behind
+        for tower in filter(None, (self.teacher, self.text, self.vision)):
+            forward, backward, again = tower.stage_seconds(self.gpu)
+            m, axes = tower.microbatches, tower.axes
+            first = 0 if tower.one_pass or (not self.contrastive and tower.trained) else 1
+            passes = [(forward, 1)] * first + ([(forward + backward + again, 2)] if tower.trained else [])
+            for times, transfers in passes:
+                add(f"{tower.name} matmul", m * times.matmul)
+                add(f"{tower.name} attention", m * times.attention)
+                add(f"{tower.name} memory-bound", m * times.memory)
+                add(f"{tower.name} tp transfers", m * times.tp)
+                if axes.pp > 1:
+                    sent = transfers * self._stage_transfer(tower)
+                    stage = times.total + (sent if axes.vpp == 1 else 0.0)
+                    if axes.vpp == 1:
+                        add("pipeline transfers", m * sent)
+                    add("pipeline bubble", f.pipeline_seconds(stage, axes.pp, axes.vpp, m)[1])
+            executed += self._executed(tower, first)
+            hidden[tower.name] = (forward.total, backward.total + again.total)
+        if self.contrastive:
+            self._loss_seconds(add)
+        parallel = self.cfg.parallel
+        average = self.cfg.optim.ema_decay is not None
+        for tower in self._trained:
+            count = max(tower.parameters(rank) for rank in range(tower.axes.pp))
+            ranks = data_ranks(tower.axes, self.num_gpus)
+            members = max(1, self.gpu.gpus_per_node // (tower.axes.tp * tower.axes.pp))
+            reduce = f.collective_seconds(self.gpu, 4 * count, ranks, members)
+            gather = f.collective_seconds(self.gpu, count * tower.work.number, ranks, members)
+            if not parallel.distributed_optimizer:
+                reduce, gather = 2 * reduce, 0.0
+            there, back = hidden[tower.name]
+            add(
+                "gradient reduction",
+                f.shown_seconds(reduce, back, self.gpu) if parallel.overlap_grad_reduce else reduce,
+            )
+            shown = f.shown_seconds(gather, there, self.gpu) if parallel.overlap_param_gather else gather
+            add("parameter gather", shown)
+            add("optimizer", f.update_seconds(self.gpu, count / self._shards(tower), self.cfg.optim.name, average))
+        if self.gpu.slowdown > 1:
+            add("everything else (fitted)", sum(parts.values()) * (self.gpu.slowdown - 1))
+        return PhaseSeconds(self.phase, parts, self._model_flops(), executed)
+
+    def _stage_transfer(self, tower: _Tower) -> float:
+        """Of hidden states to the next stage, which is on another node when a node does not hold all stages."""
+        axes, gpu = tower.axes, self.gpu
+        port = gpu.link_gb_s if axes.tp * axes.pp <= gpu.gpus_per_node else gpu.network_gb_s
+        sent = f.layer_input_bytes(tower.section, tower.work)
+        return sent / (port * 1e9 * gpu.link_share) + gpu.latency_us * 1e-6
+
+    def _loss_seconds(self, add) -> None:  # type: ignore[no-untyped-def]
+        cfg, gpu = self.cfg, self.gpu
+        embed, batch = cfg.model.embed_dim, cfg.train.global_batch_size
+        local = batch // self.num_gpus
+        precision = cfg.train.parameter_precision
+        products = f.loss_flops(local, batch, embed) / (2 * local * embed)
+        matmul = f.matmul_seconds(gpu, precision, local, embed, products)
+        # A tile of fp32 products is written and read; backward, twice, and its 16-bit weights as well.
+        add("loss", matmul + f.memory_seconds(gpu, local * batch * (8 + 2 * 12)))
+        whole = 2 * batch * embed * self.vision.work.number
+        add("feature gather", f.collective_seconds(gpu, whole, self.num_gpus, gpu.gpus_per_node))
+
+    def _tower_flops(self, tower: _Tower) -> tuple[int, int]:
+        return f.tower_flops(tower.section, tower.work.tokens, tower.out_dim, tower.out_rows)
+
+    def _sequences(self, tower: _Tower) -> int:
+        return self.cfg.train.global_batch_size * (self.cfg.data.frames if tower is self.vision else 1)
+
+    def _model_flops(self) -> float:
+        total = 0.0
+        for tower in filter(None, (self.teacher, self.text, self.vision)):
+            total += self._tower_flops(tower)[tower.trained] * self._sequences(tower)
+        return total
+
+    def _executed(self, tower: _Tower, first: int) -> float:
+        once, both = self._tower_flops(tower)
+        linears, attention = f.layer_flops(tower.section, tower.work.tokens)
+        count = first * once
+        if tower.trained:
+            layers = [len(chunk) for chunks in tower.chunks for chunk in chunks]
+            again = sum(tower._num_recomputed(range(n)) for n in layers)
+            count += both + again * (linears + attention)
+            if tower.axes.recompute == "selective":
+                count += sum(layers) * attention
+        return float(count * self._sequences(tower))
+
+
+def stage_range(layers: Sequence[range]) -> str:
+    """The text "0-11, 24-35"."""
+    return ", ".join(f"{part.start}-{part.stop - 1}" if len(part) > 1 else f"{part.start}" for part in layers if part)

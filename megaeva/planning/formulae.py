@@ -1,0 +1,450 @@
+"""What a training step takes, as formulae of sizes: parameters, bytes, FLOPs, seconds. No torch, nothing measured.
+
+Letters: w width, f hidden width of the MLP, g 2 for a gated MLP and 1 otherwise, t tensor-parallel ranks, S tokens of a
+sequence, R rows = S (padded to a multiple of t under sequence parallelism) x sequences of a microbatch, r the rows that
+a rank keeps between the linears: R / t under sequence parallelism, else R; e bytes of a number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from math import log2
+
+from megaeva.config.fp8 import features_on_rank
+from megaeva.config.schema import TextSection, VisionSection
+from megaeva.planning.gpus import Gpu, Precision
+
+GIB = 1 << 30
+_KERNELS = (
+    20  # of a layer's forward pass: linears, norms, attention, activation, sums, casts; counted in layer.py's calls
+)
+_TILE_ROWS, _TILE_COLUMNS = 4096, 8192  # csrc/contrastive/contrastive_cuda_launch.cpp
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+def layer_parameters(section: VisionSection | TextSection, tp: int = 1) -> int:
+    """Parameters of one layer on one of `tp` ranks: 4 w^2 + (g + 1) f w in linears, biases, norms.
+
+    Cut over tp: the linears, biases of column linears (qkv, fc1), inner norms. Whole: biases of proj and fc2, the two
+    norms. Source: model/attention.py, mlp.py, norm.py; equal to facts.md 1c for every variant (tests).
+    """
+    w, f, gates, terms = section.hidden_size, section.ffn_hidden_size, _gates(section), _norm_terms(section)
+    qkv_bias = {"none": 0, "qv": 2 * w, "qkv": 3 * w}[section.qkv_bias if isinstance(section, VisionSection) else "qkv"]
+    cut = 4 * w * w + qkv_bias + (gates + 1) * f * w + gates * f
+    if isinstance(section, VisionSection):
+        cut += terms * (w * section.sub_ln_attention + f * section.sub_ln_mlp)
+    return cut // tp + 2 * w + 2 * terms * w
+
+
+def first_parameters(section: VisionSection | TextSection, tp: int = 1) -> int:
+    """Of what precedes the layers: patches, cls, positions and ln_pre; or words (cut over tp where it divides them) and
+    positions."""
+    w = section.hidden_size
+    if isinstance(section, TextSection):
+        words = section.vocab_size // tp if section.vocab_size % tp == 0 else section.vocab_size
+        return words * w + section.context_length * w
+    patch = 3 * section.patch_size**2 + section.patch_bias
+    return (patch + 1 + section.num_patches + 1 + section.ln_pre * _norm_terms(section)) * w
+
+
+def last_parameters(section: VisionSection | TextSection, out_dim: int, bias: bool | None = None) -> int:
+    """Of what follows the layers: the final norm and the projection to `out_dim`, whole on every rank."""
+    if bias is None:
+        bias = isinstance(section, VisionSection) and section.head_bias
+    return (_norm_terms(section) + out_dim) * section.hidden_size + bias * out_dim
+
+
+def tower_parameters(section: VisionSection | TextSection, out_dim: int) -> int:
+    """Of a whole tower with its head."""
+    layers = section.num_layers * layer_parameters(section)
+    return first_parameters(section) + layers + last_parameters(section, out_dim)
+
+
+def _gates(section: VisionSection | TextSection) -> int:
+    return 2 if section.activation == "swiglu" else 1
+
+
+def _norm_terms(section: VisionSection | TextSection) -> int:
+    """Parameters of a norm for each number of its width: weight, and for LayerNorm bias."""
+    return 1 if isinstance(section, VisionSection) and section.norm == "rmsnorm" else 2
+
+
+# ------------------------------------------------------------------------------------------------ bytes of the state
+
+
+def number_bytes(precision: Precision) -> int:
+    """Of a parameter and of an activation; FP8 is a matter of the products, the rest is bf16."""
+    return 4 if precision == "fp32" else 2
+
+
+def gradient_bytes(trained: int) -> int:
+    """4 for each trained parameter: DDP's buffers are fp32 (parallel/wrap.py, grad_reduce_in_fp32), whole on each rank
+    also with the distributed optimizer, which reduces into its own part of them in place."""
+    return 4 * trained
+
+
+def optimizer_bytes(trained: int, precision: Precision, shards: int, average: bool) -> int:
+    """Two fp32 moments, an fp32 main copy of 16-bit parameters, an fp32 average if one is kept, over `shards` ranks.
+
+    12 bytes a parameter in bf16, the K of ZeRO (Rajbhandari et al. 2020, section 3.1); 8 in fp32, whose parameters are
+    their own main copy. Padding of mcore's buffers is left out.
+    """
+    return -(-(8 + 4 * (precision != "fp32") + 4 * average) * trained // shards)
+
+
+def fp8_weight_bytes(weights: int) -> int:
+    """2 for each weight that multiplies in FP8: Transformer Engine keeps it in rows and transposed through a step."""
+    return 2 * weights
+
+
+# ------------------------------------------------------------------------------------------------- bytes of activations
+
+
+@dataclass(frozen=True)
+class Work:
+    """One microbatch of a tower on a rank.
+
+    Attributes:
+        tokens: S, padding not counted.
+        sequences: images or captions.
+        tp: t.
+        sequence_parallel: whether rows are cut over tp between the linears.
+        precision: of the run.
+        transformer_engine: False: this project's own operators, as on a CPU.
+    """
+
+    tokens: int
+    sequences: int
+    tp: int
+    sequence_parallel: bool
+    precision: Precision
+    transformer_engine: bool
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        cut = self.tp if self.sequence_parallel else 1
+        return -(-self.tokens // cut) * cut * self.sequences
+
+    @property
+    def own_rows(self) -> int:
+        """r."""
+        return self.rows // self.tp if self.sequence_parallel else self.rows
+
+    @property
+    def number(self) -> int:
+        """e."""
+        return number_bytes(self.precision)
+
+
+def layer_kept_bytes(
+    section: VisionSection | TextSection, work: Work, in_fp8: Sequence[str] = (), selective: bool = False
+) -> int:
+    """What one layer keeps for its backward pass, without recomputation or with that of attention.
+
+    From what each operator of model/ saves. Of r rows of w: both norms' inputs and both linears' inputs (pre-norm), or
+    the linears' inputs and the norms', which are the branches' outputs (post-norm): 4 r w e either way, and the norms'
+    moments. Of R rows, cut over t: qkv 3 w, attention's output w, its log-sum-exps; fc1's output g f; the activation's
+    output f. An inner norm adds its output; cut over t it keeps an fp32 copy of its input in place of the input
+    (norm.py, _Sharded). Under `selective` attention runs again from qkv: with flash attention that drops the
+    log-sum-exps and rotated q and k, no more, since the next linear keeps the output. A linear in FP8 keeps its
+    input as 1 byte; nothing is saved where someone else keeps the same tensor in bf16. SwiGLU without an operator of
+    its own (on GPUs) keeps silu(gate) too; Transformer Engine's attention gets rotated copies of q and k.
+    """
+    w, f, gates, e = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number
+    own, rows = work.own_rows, work.rows
+    vision = section if isinstance(section, VisionSection) else None
+    moments = 4 * _norm_terms(section)
+
+    def linear(name: str, bytes_otherwise: int = e) -> int:
+        return 1 if name in in_fp8 else bytes_otherwise
+
+    kept = 2 * own * (w * e + moments) + own * w * (linear("qkv") + linear("fc1"))
+    inner = rows * w // work.tp  # numbers of attention's output
+    kept += inner * (3 * e + e)
+    if not selective:
+        kept += 4 * work.tokens * work.sequences * section.num_heads // work.tp
+        if vision and vision.rope and work.transformer_engine:
+            kept += 2 * inner * e
+    if vision and vision.sub_ln_attention:
+        kept += _inner_norm(inner, rows, moments, work, e, input_kept=True) + inner * linear("proj")
+    else:
+        kept += inner * linear("proj", 0)  # in bf16 it is attention's output
+    hidden = rows * f // work.tp
+    kept += hidden * gates * e
+    if gates == 2 and work.transformer_engine:
+        kept += hidden * e
+    if vision and vision.sub_ln_mlp:
+        kept += _inner_norm(hidden, rows, moments, work, e, input_kept=False)
+    return kept + hidden * linear("fc2")
+
+
+def _inner_norm(numbers: int, rows: int, moments: int, work: Work, e: int, *, input_kept: bool) -> int:
+    if work.tp > 1:
+        return 4 * numbers + 4 * rows
+    return (0 if input_kept else numbers * e) + rows * moments
+
+
+def layer_input_bytes(section: VisionSection | TextSection, work: Work) -> int:
+    """r w e: all that a recomputed layer keeps, and what one pipeline stage hands to the next."""
+    return work.own_rows * section.hidden_size * work.number
+
+
+def working_bytes(section: VisionSection | TextSection, work: Work, backward: bool) -> int:
+    """The most that one layer holds beside what is kept: in a forward pass its largest linear's input and output; in a
+    backward pass the gradients of the MLP's two hidden tensors, of the branch and of the residual stream."""
+    f, gates, e = section.ffn_hidden_size, _gates(section), work.number
+    hidden = work.rows * f // work.tp * (gates + 1) * e
+    stream = work.own_rows * section.hidden_size * e
+    return hidden + (3 if backward else 2) * stream
+
+
+def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bool) -> int:
+    """Under sequence parallelism R w e, the gathered input of a column linear (mcore keeps one buffer); with
+    Transformer Engine's transfer overlap four of them, one for each linear (assumed)."""
+    if not work.sequence_parallel or work.tp == 1:
+        return 0
+    return work.rows * section.hidden_size * work.number * (4 if overlap else 1)
+
+
+def embedding_bytes(section: VisionSection | TextSection, work: Work) -> int:
+    """Beyond the first layer's own: pixels in the tower's dtype, for the gradient of the patch weights; under sequence
+    parallelism the whole sequence, of which a rank's rows are a view; ln_pre's input."""
+    extra = (work.rows - work.own_rows) * section.hidden_size * work.number
+    if isinstance(section, TextSection):
+        return extra + 8 * work.tokens * work.sequences
+    extra += 3 * section.image_size**2 * work.sequences * work.number
+    if section.rope:  # cos and sin of each kept patch, shared by all layers
+        extra += 8 * work.tokens * work.sequences * (section.hidden_size // section.num_heads)
+    return extra + section.ln_pre * work.own_rows * (section.hidden_size * work.number + 8)
+
+
+def warmup_depth(costs: Sequence[int], pp: int, rank: int, microbatches: int) -> int:
+    """The most bytes of activations that a pipeline rank holds, its chunks keeping `costs` for each microbatch.
+
+    1F1B: rank i of p has begun p - i microbatches before its first backward pass (Narayanan et al. 2021, section 2.2).
+    Interleaved: 2 (p - i - 1) + (v - 1) p passes of chunks, p microbatches of a chunk in turn, and one more; then one
+    forward and one backward alternate (mcore get_pp_rank_microbatches). The schedule is run through, as chunks differ.
+    """
+    vpp = len(costs)
+    if vpp == 1:
+        return min(microbatches, pp - rank) * costs[0]
+    # A few rounds: after the warm-up the schedule repeats itself.
+    total = min(microbatches, 4 * pp) * vpp
+    warmup = min(total, 2 * (pp - rank - 1) + (vpp - 1) * pp)
+    chunk = [k // pp % vpp for k in range(total)]
+    held = sum(costs[chunk[k]] for k in range(warmup))
+    most = held
+    for k in range(warmup, total):
+        held += costs[chunk[k]]
+        most = max(most, held)
+        held -= costs[vpp - 1 - chunk[k - warmup]]
+    return most
+
+
+# ------------------------------------------------------------------------------------------------- bytes of the loss
+
+
+def feature_bytes(samples: int, embed_dim: int, e: int) -> int:
+    """Rows of one tower's whole batch on a rank and their gradients: 2 x samples x E (schedule.py, global_step)."""
+    return 2 * samples * embed_dim * e
+
+
+def loss_bytes(local: int, batch: int, embed_dim: int, e: int) -> int:
+    """Of the contrastive loss on a rank with `local` pairs of `batch`.
+
+    Unit rows of both modalities, those of all ranks, fp32 gradients and one strip's, an fp32 tile of products with
+    16-bit weights beside it, and the float64 numbers of each pair. Never batch^2. Source: losses/contrastive.py, csrc.
+    """
+    tile = min(_TILE_ROWS, local) * min(_TILE_COLUMNS, batch) * (4 + (e if e == 2 else 0))
+    gathered = 2 * batch * embed_dim * e if batch > local else 0
+    return 2 * local * embed_dim * e + gathered + 3 * local * embed_dim * 4 + tile + 8 * 6 * batch
+
+
+def distillation_bytes(masked: int, width: int, out_dim: int, e: int) -> int:
+    """Of a MIM microbatch with `masked` rows: picked and normed rows, predictions, fp32 copies of both sides and their
+    gradients (losses/feature_distill.py)."""
+    return masked * (2 * width * e + out_dim * (2 * e + 4 * 4))
+
+
+# ------------------------------------------------------------------------------------------------------------ FLOPs
+
+
+def layer_flops(section: VisionSection | TextSection, tokens: int) -> tuple[int, int]:
+    """(linears, attention) of one layer, one sequence, forward: 2 S (4 w^2 + (g + 1) f w) and 4 S^2 w.
+
+    A multiplication and an addition are 2. Attention counts the whole S x S also where it is causal, as PyTorch's
+    FlopCounterMode does.
+    """
+    w, f = section.hidden_size, section.ffn_hidden_size
+    return 2 * tokens * (4 * w * w + (_gates(section) + 1) * f * w), 4 * tokens * tokens * w
+
+
+def first_flops(section: VisionSection | TextSection) -> int:
+    """Of the patch embedding of one image, all patches, forward: 2 N 3 p^2 w; looking up words is none."""
+    if isinstance(section, TextSection):
+        return 0
+    return 2 * section.num_patches * 3 * section.patch_size**2 * section.hidden_size
+
+
+def last_flops(section: VisionSection | TextSection, out_dim: int, rows: int = 1) -> int:
+    """Of the projection of `rows` tokens of one sequence, forward: 2 w E each."""
+    return 2 * rows * section.hidden_size * out_dim
+
+
+def tower_flops(section: VisionSection | TextSection, tokens: int, out_dim: int, rows: int = 1) -> tuple[int, int]:
+    """(forward, forward and backward) of one sequence, the model's own: nothing is computed twice.
+
+    Each product of the forward pass has two in the backward pass, of the inputs' and of the weights' gradients; pixels
+    want none. Equal to FlopCounterMode's count for every variant (tests).
+    """
+    first = first_flops(section)
+    rest = section.num_layers * sum(layer_flops(section, tokens)) + last_flops(section, out_dim, rows)
+    return first + rest, 2 * first + 3 * rest
+
+
+def loss_flops(local: int, batch: int, embed_dim: int) -> float:
+    """Of InfoNCE on a rank: 1 product of local x batch x E forward, and backward 2 + 1/ranks and 2 (1 - 1/ranks).
+
+    Source: losses/contrastive.py; open_clip's needs 6 products and local x batch numbers of memory.
+    """
+    share = local / batch
+    return 2.0 * local * batch * embed_dim * (1 + 2 + share + 2 * (1 - share))
+
+
+# ----------------------------------------------------------------------------------------------------------- seconds
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds by what they are spent on."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tp: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> "Seconds":
+        return Seconds(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.matmul + self.attention + self.memory + self.tp
+
+
+def matmul_share(gpu: Gpu, smallest: float) -> float:
+    """The part of the peak that a product reaches, by the smallest of its three sizes: between the table's sizes linear
+    in the logarithm, below and above them as at its ends. Small products leave processors idle and move more bytes for
+    each FLOP. The table is assumed (gpus.py)."""
+    points = sorted(gpu.matmul_share.items())
+    if smallest <= points[0][0]:
+        return points[0][1] * smallest / points[0][0]
+    for (low, at_low), (high, at_high) in pairwise(points):
+        if smallest <= high:
+            return at_low + (at_high - at_low) * log2(smallest / low) / log2(high / low)
+    return points[-1][1]
+
+
+def matmul_seconds(gpu: Gpu, precision: Precision, rows: float, inputs: float, outputs: float) -> float:
+    """2 R inputs outputs / (peak x share), or the time its bytes take if that is longer (roofline)."""
+    share = matmul_share(gpu, min(rows, inputs, outputs)) * (gpu.fp8_share if precision == "fp8" else 1.0)
+    moved = (rows * inputs + inputs * outputs) * (1 if precision == "fp8" else number_bytes(precision))
+    moved += rows * outputs * number_bytes(precision)
+    return max(2.0 * rows * inputs * outputs / (gpu.peak_tflops[precision] * 1e12 * share), memory_seconds(gpu, moved))
+
+
+def memory_seconds(gpu: Gpu, moved: float) -> float:
+    """Bytes read and written / (bandwidth x share)."""
+    return moved / (gpu.memory_gb_s * 1e9 * gpu.memory_share)
+
+
+def collective_seconds(gpu: Gpu, whole: float, ranks: int, per_node: int, times: float = 1.0) -> float:
+    """Of `times` all-gathers or reduce-scatters of `whole` bytes over `ranks`: (n - 1) / n whole / bandwidth + latency.
+
+    The optimal ring (Thakur et al. 2005); an all-reduce is two. Ranks on one node use its links; otherwise a ring
+    leaves a node through the network ports of its `per_node` members there, so it has their sum, at most a link's.
+    """
+    if ranks == 1:
+        return 0.0
+    port = gpu.link_gb_s if ranks <= per_node else min(gpu.link_gb_s, gpu.network_gb_s * per_node)
+    return times * ((ranks - 1) / ranks * whole / (port * 1e9 * gpu.link_share) + gpu.latency_us * 1e-6)
+
+
+def layer_seconds(
+    section: VisionSection | TextSection, work: Work, gpu: Gpu, in_fp8: Sequence[str] = (), overlap: bool = False
+) -> tuple[Seconds, Seconds]:
+    """(forward, backward) of one layer on one rank for one microbatch.
+
+    Linears: `matmul_seconds` of R rows and the features on the rank; backward twice that. Attention: its FLOPs at
+    attention_share of the bf16 peak, backward 2.5 times (flash attention makes the scores again: 5 products for 2).
+    Element-wise work by bytes, forward: each norm reads and writes r w, each residual sum reads two and writes one, the
+    activation reads g f and writes f of R / t; inner norms and rotations likewise; backward twice that (each has an
+    input more and an output more). A pass takes at least launch_us for each of its kernels.
+    Transfers: with sequence parallelism 2 gathers and 2 reduce-scatters of R w e forward; backward 2 gathers that are
+    waited for, and 2 gathers and 2 reduce-scatters beside the products of the gradients. Without it 2 all-reduces
+    forward and 2 beside products backward (mcore tensor_parallel/layers.py). `overlap`: Transformer Engine hides
+    hidden_share of the forward ones too. A cut inner norm adds a small all-reduce each way.
+    """
+    w, f, gates, e, t = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number, work.tp
+    vision = section if isinstance(section, VisionSection) else None
+    plain: Precision = "bf16" if work.precision == "fp8" else work.precision
+    products = sum(
+        matmul_seconds(gpu, "fp8" if name in in_fp8 else plain, work.rows, inputs, outputs)
+        for name, (inputs, outputs) in features_on_rank(section, t).items()
+    )
+    scores = layer_flops(section, work.tokens)[1] * work.sequences / t / (2 if vision is None else 1)
+    attention = scores / (gpu.peak_tflops[plain] * 1e12 * gpu.attention_share)
+    hidden, inner = work.rows * f / t, work.rows * w / t
+    numbers = (4 + 6) * work.own_rows * w + (gates + 1 + 2 * (gates - 1)) * hidden
+    numbers += {"quick_gelu": 4.0}.get(section.activation, 0.0) * hidden
+    if vision:
+        numbers += 2 * inner * vision.sub_ln_attention + 2 * hidden * vision.sub_ln_mlp
+        numbers += 6 * inner * (vision.qkv_bias == "qv") + 12 * inner * vision.rope
+    numbers += 2 * (work.rows * w * len(in_fp8))  # casts
+    memory = memory_seconds(gpu, numbers * e)
+    launches = _KERNELS * gpu.launch_us * 1e-6
+    idle = max(0.0, launches - products - attention - memory)
+    whole = work.rows * w * e
+    inner_norms = (vision.sub_ln_attention + vision.sub_ln_mlp) if vision and t > 1 else 0
+    small = 2 * inner_norms * gpu.latency_us * 1e-6
+    one = collective_seconds(gpu, whole, t, gpu.gpus_per_node)
+    beside = 4 * one
+    shown = max(beside * (1 - gpu.hidden_share), beside - 2 * products)
+    before = 4 * one * (1 - gpu.hidden_share if overlap else 1.0) + small
+    after = shown + small + (2 * one if work.sequence_parallel and t > 1 else 0.0)
+    return (
+        Seconds(products, attention, memory + idle, before),
+        Seconds(2 * products, 2.5 * attention, 2 * (memory + idle), after),
+    )
+
+
+def ends_seconds(gpu: Gpu, flops: float, precision: Precision, width: int) -> Seconds:
+    """Forward of a patch embedding or projection, whose work is the same on all tp ranks."""
+    plain: Precision = "bf16" if precision == "fp8" else precision
+    return Seconds(matmul=flops / (gpu.peak_tflops[plain] * 1e12 * matmul_share(gpu, min(width, 512))))
+
+
+def pipeline_seconds(stage: float, pp: int, vpp: int, microbatches: int) -> tuple[float, float]:
+    """(work, bubble) of one pass: m microbatches of the slowest stage, and (p - 1) / v of one microbatch's time idle.
+
+    Source: Narayanan et al. 2021, equations in sections 2.2.1 and 2.2.2: bubble / work = (p - 1) / (v m).
+    """
+    return microbatches * stage, (pp - 1) / vpp * stage
+
+
+def shown_seconds(transfer: float, beside: float, gpu: Gpu) -> float:
+    """What a transfer of that many seconds adds to the work it overlaps with: all that does not fit beside it, and at
+    least what cannot be hidden."""
+    return max(transfer * (1 - gpu.hidden_share), transfer - beside)
+
+
+def update_seconds(gpu: Gpu, trained: float, name: str, average: bool) -> float:
+    """Of the optimizer's step over the parameters of one rank's shard, by bytes: AdamW reads 16 and writes 12, the copy
+    to 16-bit parameters 6, norm and clipping 12; LAMB's directions, ratios and sums 52 more (optim/lamb.py)."""
+    return memory_seconds(gpu, trained * (46 + 52 * (name == "lamb") + 12 * average))

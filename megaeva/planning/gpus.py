@@ -1,0 +1,127 @@
+"""GPUs as plain data, what a recipe is planned for. Nothing in here was measured by this project."""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megaeva.config.schema import Section
+from megaeva.errors import ConfigError
+
+Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+
+_EXAMPLE = "\n".join(
+    [
+        "name: my-gpu",
+        "memory_gib: 79.1        # what torch calls total_memory",
+        "memory_gb_s: 3350",
+        "peak_tflops: {bf16: 989, fp16: 989, fp8: 1979, fp32: 67}    # dense, without sparsity",
+        "link_gb_s: 450          # to the GPUs of the node, each way",
+        "network_gb_s: 50        # of one GPU to other nodes, each way",
+    ]
+)
+
+
+class Gpu(Section):
+    """What the formulae know of a GPU and its cluster.
+
+    Peaks, bandwidths and sizes are the vendor's. Every share (`*_share`, `matmul_share`) is assumed, and says what part
+    of the peak is reached; `slowdown` alone is fitted, to one published run, see `calibration`.
+    """
+
+    name: str
+    memory_gib: float = Field(gt=0, description="as torch's out-of-memory messages give the capacity")
+    memory_gb_s: float = Field(gt=0)
+    peak_tflops: dict[Precision, float] = Field(description="dense matrix products")
+    link_gb_s: float = Field(gt=0, description="to other GPUs of the node, one direction")
+    network_gb_s: float = Field(gt=0, description="of one GPU to other nodes, one direction")
+    gpus_per_node: int = Field(8, ge=1)
+    matmul_share: dict[int, float] = Field(
+        {128: 0.08, 256: 0.18, 512: 0.36, 1024: 0.56, 2048: 0.70, 4096: 0.78, 8192: 0.80},
+        description="of the peak, by the smallest of a product's three sizes; between them by its logarithm",
+    )
+    fp8_share: float = Field(0.80, gt=0, le=1, description="FP8 reaches this share of `matmul_share` (casts, scales)")
+    attention_share: float = Field(0.45, gt=0, le=1, description="of the bf16 peak in flash attention")
+    memory_share: float = Field(0.80, gt=0, le=1, description="of memory_gb_s in element-wise kernels")
+    link_share: float = Field(0.75, gt=0, le=1, description="of link_gb_s and network_gb_s in NCCL's collectives")
+    latency_us: float = Field(15.0, ge=0, description="of one collective")
+    launch_us: float = Field(
+        5.0, ge=0, description="of one kernel: a layer takes at least that for each of its kernels"
+    )
+    hidden_share: float = Field(0.8, ge=0, le=1, description="of a transfer that can be behind what it overlaps with")
+    slowdown: float = Field(1.0, ge=1, description="of everything; what no formula says. Fitted or 1")
+    reserved_gib: float = Field(
+        2.0, ge=0, description="CUDA context, cuBLAS workspaces, NCCL's buffers of a dozen groups; assumed"
+    )
+    fragmentation: float = Field(0.06, ge=0, description="of activations, lost between the allocator's blocks; assumed")
+    transformer_engine: bool = Field(
+        True, description="False: layers in plain PyTorch and this project's CPU operators"
+    )
+
+
+# Peaks, bandwidths: NVIDIA's data sheets of A100, H100 and H200 SXM and HGX B200, dense. Memory: capacities in torch's
+# out-of-memory messages. Networks: DGX's, 8 x 200 Gbit/s (A100) and 8 x 400 Gbit/s.
+# slowdown: A100 fitted to Megatron's 18.4B on 256 GPUs, H100 to its 175B on 96 (calibration.py); H200 and B200 take
+# H100's. Hopper and Blackwell throttle under sustained products: their shares are lower, assumed.
+_HOPPER = {128: 0.05, 256: 0.12, 512: 0.26, 1024: 0.44, 2048: 0.58, 4096: 0.66, 8192: 0.68}
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="a100-40", memory_gib=39.4, memory_gb_s=1555, link_gb_s=300, network_gb_s=25, slowdown=1.12,
+            peak_tflops={"bf16": 312, "fp16": 312, "fp32": 19.5},
+        ),
+        Gpu(
+            name="a100-80", memory_gib=79.2, memory_gb_s=2039, link_gb_s=300, network_gb_s=25, slowdown=1.12,
+            peak_tflops={"bf16": 312, "fp16": 312, "fp32": 19.5},
+        ),
+        Gpu(
+            name="h100-80", memory_gib=79.1, memory_gb_s=3350, link_gb_s=450, network_gb_s=50, slowdown=1.04,
+            peak_tflops={"bf16": 989, "fp16": 989, "fp8": 1979, "fp32": 67}, matmul_share=_HOPPER,
+        ),
+        Gpu(
+            name="h200", memory_gib=139.7, memory_gb_s=4800, link_gb_s=450, network_gb_s=50, slowdown=1.04,
+            peak_tflops={"bf16": 989, "fp16": 989, "fp8": 1979, "fp32": 67}, matmul_share=_HOPPER,
+        ),
+        Gpu(
+            name="b200", memory_gib=178.3, memory_gb_s=7700, link_gb_s=900, network_gb_s=50, slowdown=1.04,
+            peak_tflops={"bf16": 2250, "fp16": 2250, "fp8": 4500, "fp32": 75}, matmul_share=_HOPPER,
+        ),
+    )
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, or the one a YAML file at that path describes.
+
+    Raises:
+        ConfigError: no such name and no such file, with the nearest names; or the file has mistakes, all of them told.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _read(path)
+    near = difflib.get_close_matches(name.lower(), GPUS, n=2, cutoff=0.3) or list(GPUS)
+    raise ConfigError(
+        f"--gpu {name} is not a known GPU ({', '.join(GPUS)}); it must be one of them or a YAML file; did you mean "
+        f"{' or '.join(near)}? Another one is described in a file, --gpu my-gpu.yaml, with:\n{_EXAMPLE}"
+    )
+
+
+def _read(path: Path) -> Gpu:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"--gpu {path} cannot be read ({error}); it must be YAML; write for example:\n{_EXAMPLE}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--gpu {path} holds no keys; it must describe a GPU; write for example:\n{_EXAMPLE}")
+    try:
+        return Gpu.model_validate({"name": path.stem} | values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise ConfigError(f"--gpu {path} has mistakes: {faults}; a whole file is for example:\n{_EXAMPLE}") from None

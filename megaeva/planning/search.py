@@ -1,0 +1,316 @@
+"""`megaeva plan --search`: layouts that keep the rules of a recipe, by the days they take, and why others are none."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from megaeva.config.layout import text_tp_choices, vision_tp_choices
+from megaeva.config.problem import divisors
+from megaeva.config.schema import Config, ModelSection, ParallelSection
+from megaeva.config.topology import microbatches
+from megaeva.config.validate import RULES, problems
+from megaeva.config.world import world_fault
+from megaeva.planning.estimate import Plan, plan
+from megaeva.planning.formulae import GIB
+from megaeva.planning.gpus import Gpu, Precision
+from megaeva.planning.table import columns, in_bytes
+
+_NUM_SHOWN = 5
+_MOST_MICRO_BATCHES = 5  # sizes tried for a layout: the largest that fits and its neighbours matter
+
+
+@dataclass
+class Family:
+    """Layouts of one tp x pp, none of which can run.
+
+    Attributes:
+        nearest: the plan that takes least memory; None where the rules refuse all.
+        refusal: of the rules.
+    """
+
+    tp: int
+    pp: int
+    nearest: Plan | None = None
+    refusal: str = ""
+    fits: bool = False
+
+
+@dataclass
+class Search:
+    """What a search found.
+
+    Attributes:
+        best: plans that fit, the fewest days first.
+        tried: layouts that were planned or refused.
+    """
+
+    cfg: Config
+    num_gpus: int
+    gpu: Gpu
+    best: list[Plan] = field(default_factory=list)
+    families: list[Family] = field(default_factory=list)
+    tried: int = 0
+
+
+def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = None) -> Search:
+    """Every tp, pp, vpp, second tower's tp, micro batch, recompute and precision that makes sense, planned.
+
+    tp stays within a node; sequence parallelism goes with it. Global batch and samples are the recipe's. Of the sizes
+    of a micro batch, powers of two times the smallest and all at once are tried, growing until one does not fit.
+    """
+    found = Search(cfg, num_gpus, gpu)
+    plans: list[Plan] = []
+    for tp, pp in product(_tp_choices(vision_tp_choices(cfg), gpu), _pp_choices(cfg, num_gpus)):
+        family = Family(tp, pp)
+        found.families.append(family)
+        for candidate in _layouts(cfg, tp, pp, gpu):
+            fault = _refusal(candidate, num_gpus)
+            for micro in _micro_batches(candidate, num_gpus) if fault is None else ():
+                sized = _with(candidate, "train", micro_batch_size=micro)
+                found.tried += 1
+                if fault := _refusal(sized, num_gpus):
+                    continue
+                one = plan(sized, num_gpus, gpu, teacher)
+                if family.nearest is None or one.worst.total < family.nearest.worst.total:
+                    family.nearest = one
+                if not one.fits:
+                    break  # a larger one takes more
+                family.fits = True
+                plans.append(one)
+            found.tried += fault is not None
+            family.refusal = fault or family.refusal
+    found.best = _distinct(sorted(plans, key=lambda one: one.days))
+    return found
+
+
+def _distinct(plans: Sequence[Plan]) -> list[Plan]:
+    """The first few, without such as differ from a better one in the micro batch or the second tower only."""
+    seen: set[tuple[Any, ...]] = set()
+    chosen = []
+    for one in plans:
+        axes = one.cfg.parallel.vision
+        key = (axes.tp, axes.pp, axes.vpp, axes.recompute, one.cfg.train.precision)
+        if key not in seen:
+            seen.add(key)
+            chosen.append(one)
+    return chosen[:_NUM_SHOWN]
+
+
+def _tp_choices(choices: Sequence[int], gpu: Gpu) -> list[int]:
+    return [tp for tp in choices if tp <= gpu.gpus_per_node and gpu.gpus_per_node % tp == 0]
+
+
+def _pp_choices(cfg: Config, num_gpus: int) -> list[int]:
+    return [pp for pp in divisors(num_gpus) if pp <= min(cfg.model.vision.num_layers, 16)]
+
+
+def _layouts(cfg: Config, tp: int, pp: int, gpu: Gpu) -> Iterator[Config]:
+    """Recipes with these axes, not checked, of every vpp, recompute, second tp and precision."""
+    layers = cfg.model.vision.num_layers
+    vpps = [1] if pp == 1 else [vpp for vpp in (1, 2, 3, 4, 6) if layers % (pp * vpp) == 0] or [1]
+    precisions: list[Precision] = [cfg.train.precision]
+    if cfg.train.precision == "bf16" and "fp8" in gpu.peak_tflops:
+        precisions.append("fp8")
+    for vpp, recompute, second, precision in product(
+        vpps, ("none", "selective", "full"), _second_choices(cfg, tp, gpu), precisions
+    ):
+        vision = {"tp": tp, "sequence_parallel": tp > 1, "pp": pp, "vpp": vpp, "recompute": recompute}
+        if cfg.parallel.vision.tp_comm_overlap and tp == 1:
+            vision["tp_comm_overlap"] = False
+        parallel = _updated(cfg.parallel, "vision", vision | {"layers_per_stage": None})
+        if cfg.task == "contrastive":
+            values = {"tp": second, "sequence_parallel": second > 1, "recompute": recompute}
+            parallel = _updated(parallel, "text", values)
+        else:
+            parallel = _updated(parallel, "teacher", {"tp": second})
+        yield _with(cfg.model_copy(update={"parallel": parallel}), "train", precision=precision)
+
+
+def _second_choices(cfg: Config, tp: int, gpu: Gpu) -> list[int]:
+    """tp of the text tower that divides the vision tower's, of a teacher the recipe's own and 1."""
+    if cfg.task == "mim":
+        return sorted({1, cfg.parallel.teacher.tp})
+    return [second for second in _tp_choices(text_tp_choices(cfg), gpu) if tp % second == 0]
+
+
+def _micro_batches(cfg: Config, num_gpus: int) -> list[int]:
+    """Sizes of a micro batch, ascending."""
+    share, _ = microbatches(_with(cfg, "train", micro_batch_size=None), cfg.parallel.vision, num_gpus)
+    rounds = cfg.parallel.vision.pp if cfg.parallel.vision.vpp > 1 else 1
+    sizes = [size for size in divisors(share) if share // size % rounds == 0]
+    if cfg.parallel.vision.pp > 1:  # a pipeline wants several times its depth
+        sizes = [size for size in sizes if share // size >= 2 * cfg.parallel.vision.pp] or sizes[:1]
+    wanted = (8, 16, 32, 64, 128, 256, 512, 1024)
+    near = {min(sizes, key=lambda size: abs(size - want)) for want in wanted}
+    return sorted({sizes[0], *near})
+
+
+def _refusal(cfg: Config, num_gpus: int) -> str | None:
+    """The first rule that the recipe breaks."""
+    for problem in problems(cfg, RULES):
+        return f"{problem.key} {problem.must}"
+    fault = world_fault(cfg, num_gpus)
+    return None if fault is None else fault.text
+
+
+def _with(cfg: Config, section: str, **values: Any) -> Config:
+    return cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=values)})
+
+
+def _updated(parallel: ParallelSection, name: str, values: dict[str, Any]) -> ParallelSection:
+    return parallel.model_copy(update={name: getattr(parallel, name).model_copy(update=values)})
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def overrides(cfg: Config) -> list[str]:
+    """`key.path=value` that make the recipe this layout."""
+    vision, train = cfg.parallel.vision, cfg.train
+    second = "text" if cfg.task == "contrastive" else "teacher"
+    other = getattr(cfg.parallel, second)
+
+    def word(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    keys = {
+        f"parallel.vision.{key}": getattr(vision, key) for key in ("tp", "sequence_parallel", "pp", "vpp", "recompute")
+    }
+    keys[f"parallel.{second}.tp"] = other.tp
+    if second == "text":
+        keys |= {f"parallel.text.{key}": getattr(other, key) for key in ("sequence_parallel", "recompute")}
+    keys |= {"train.micro_batch_size": train.micro_batch_size, "train.precision": train.precision}
+    return [f"{key}={word(value)}" for key, value in keys.items()]
+
+
+def search_lines(found: Search) -> list[str]:
+    """The best layouts, the overrides of the first, and why families of layouts are not among them."""
+    lines = [f"{found.tried:,} layouts of {found.num_gpus} x {found.gpu.name} ({found.gpu.memory_gib:g} GiB)"]
+    if found.best:
+        rows: list[tuple[str, ...]] = [
+            (
+                "",
+                "tp",
+                "pp",
+                "vpp",
+                "dp",
+                "second tp",
+                "micro",
+                "recompute",
+                "precision",
+                "GiB",
+                "samples/s",
+                "MFU",
+                "days",
+            )
+        ]
+        rows += [_row(place, one) for place, one in enumerate(found.best, 1)]
+        lines += ["", *columns(rows, right=(1, 2, 3, 4, 5, 6, 9, 10, 11, 12)), "", "the first, to paste:"]
+        lines += _wrapped(overrides(found.best[0].cfg))
+    rejected = [family for family in found.families if not family.fits]
+    if rejected:
+        lines += ["", "not possible:", *_reasons(rejected, found.gpu)]
+    if not found.best:
+        lines += ["", *_nothing_fits(found)]
+    return lines
+
+
+def _row(place: int, one: Plan) -> tuple[str, ...]:
+    axes, train = one.cfg.parallel.vision, one.cfg.train
+    second = one.cfg.parallel.text if one.cfg.task == "contrastive" else one.cfg.parallel.teacher
+    numbers = (axes.tp, axes.pp, axes.vpp, one.num_gpus // (axes.tp * axes.pp), second.tp, train.micro_batch_size)
+    return (
+        f"{place}.", *map(str, numbers), str(axes.recompute), train.precision, f"{one.worst.total / GIB:.1f}",
+        f"{one.samples_per_second:,.0f}", f"{100 * one.mfu:.1f} %", f"{one.days:.1f}",
+    )  # fmt: skip
+
+
+def _wrapped(words: Sequence[str]) -> list[str]:
+    lines, line = [], " "
+    for word in words:
+        if len(line) + len(word) > 96:
+            lines.append(line + " \\")
+            line = " "
+        line += f" {word}"
+    return [*lines, line]
+
+
+def _reasons(rejected: Sequence[Family], gpu: Gpu) -> list[str]:
+    """One line a tp: its pp that are too large for the memory, or refused by a rule."""
+    lines = []
+    for tp in dict.fromkeys(family.tp for family in rejected):
+        memory = [family for family in rejected if family.tp == tp and family.nearest is not None]
+        for family in memory:
+            assert family.nearest is not None
+            worst = family.nearest.worst
+            part = max(worst.parts, key=lambda name: worst.parts[name])
+            lines.append(
+                f"  tp={tp} pp={family.pp}: {worst.total / GIB:.1f} GiB of {gpu.memory_gib:g} at the least, "
+                f"{worst.parts[part] / GIB:.1f} of it {part}"
+            )
+        by_rule: dict[str, list[int]] = {}
+        for family in rejected:
+            if family.tp == tp and family.nearest is None:
+                by_rule.setdefault(family.refusal or "no micro batch divides the share", []).append(family.pp)
+        lines += [f"  tp={tp} pp={','.join(map(str, pps))}: {text}" for text, pps in by_rule.items()]
+    return lines
+
+
+def _nothing_fits(found: Search) -> list[str]:
+    planned = [family.nearest for family in found.families if family.nearest is not None]
+    if not planned:
+        return ["No layout keeps the rules; change the number of GPUs or train.global_batch_size."]
+    nearest = min(planned, key=lambda one: one.worst.total)
+    worst, gpu = nearest.worst, found.gpu
+    part = max(worst.parts, key=lambda name: worst.parts[name])
+    more = {
+        "optimizer": "more GPUs share the optimizer's state",
+        "gradients": "larger tp or pp cuts gradients, so does a node with more GPUs",
+        "weights": "larger tp or pp cuts weights",
+    }.get(part, "a smaller image, a higher patch dropout or a smaller batch takes less")
+    return [
+        f"Nothing fits: the least is {in_bytes(worst.total)} on {gpu.memory_gib:g} GiB, "
+        f"{in_bytes(worst.total - nearest.capacity)} too many, with:",
+        *_wrapped(overrides(nearest.cfg)),
+        f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}, or use a GPU with "
+        f"{worst.total / GIB:.0f} GiB ({_larger(worst.total)}).",
+    ]
+
+
+def _larger(total: int) -> str:
+    from megaeva.planning.gpus import GPUS
+
+    names = [name for name, gpu in GPUS.items() if gpu.memory_gib * GIB >= total]
+    return f"--gpu {' or '.join(names)}" if names else "none of the known ones"
+
+
+def remedies(one: Plan, teacher: ModelSection | None) -> list[str]:
+    """What to do about a plan that does not fit: single changes that make it; nothing for one that does."""
+    if one.fits:
+        return []
+    axes, micro = one.cfg.parallel.vision, one.cfg.train.micro_batch_size
+    share, _ = microbatches(one.cfg, axes, one.num_gpus)
+    vision: list[dict[str, Any]] = [{"recompute": "full"}, {"tp": 2 * axes.tp, "sequence_parallel": True}]
+    changed = [
+        one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)})
+        for values in [*vision, {"pp": 2 * axes.pp}]
+    ]
+    words = [
+        "parallel.vision.recompute=full",
+        f"parallel.vision.tp={2 * axes.tp} parallel.vision.sequence_parallel=true",
+    ]
+    words.append(f"parallel.vision.pp={2 * axes.pp}")
+    for size in [size for size in reversed(divisors(share)) if size < share]:
+        changed.append(_with(one.cfg, "train", micro_batch_size=size))
+        words.append(f"train.micro_batch_size={size}")
+    ways: list[str] = []
+    for cfg, text in zip(changed, words, strict=True):
+        known = micro is not None and text.startswith("train.micro_batch_size") and ways[-1:] and "micro" in ways[-1]
+        if known or _refusal(cfg, one.num_gpus):
+            continue
+        if plan(cfg, one.num_gpus, one.gpu, teacher).fits:
+            ways.append(text)
+            if text.startswith("train."):
+                break
+    return [f"it would fit with: {way}" for way in ways] or ["no single change makes it fit; try --search"]
