@@ -44,6 +44,13 @@ def test_cast_of_every_bf16_value(dtype: torch.dtype) -> None:
     assert ops.cast(every[every.isnan()], dtype).float().isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_table_holds_every_fp8_value(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(16, 16).view(dtype)
+    for values in (every, every.T, every[:, ::2]):
+        assert torch.equal(ops.decoded(values).nan_to_num(1e9), values.float().nan_to_num(1e9))
+
+
 def test_current_scale_is_largest_by_amax() -> None:
     amax = torch.tensor([0.0, math.inf, math.nan, 1e-45, 3.0, 448.0, 500.0])
     huge = torch.finfo(torch.bfloat16).max
