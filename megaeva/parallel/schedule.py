@@ -171,7 +171,7 @@ def _second_pass(part: Part[Any], gradient_BE: Tensor, seed_pass: SeedPass) -> N
 def _loss_and_feature_gradients(
     task: GlobalLoss, features: Sequence[Tensor], loss_scale: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss, and loss_scale dL/dfeature; the same backward adds gradients of what the loss uses itself: the logit scale."""
+    """Loss, and loss_scale dL/dfeature; the same backward adds those of what the loss uses itself: the logit scale."""
     with torch.enable_grad():
         leaves = [feature.detach().requires_grad_() for feature in features]
         loss = task.loss(*leaves)
