@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
-from torch.optim.adam import adam
 
-_SCRATCH_NUMBERS = 1 << 24
-"""fp32 numbers (64 MiB) whose directions are computed at a time; a larger tensor takes its own size."""
+_CHUNK_NUMBERS = {"cpu": 1 << 18, "gpu": 1 << 26}
+"""Numbers whose directions are computed together, in scratch memory: on a CPU what its caches hold, on a GPU more than
+a kernel launch costs."""
 
 _MULTI_TENSOR_PACKAGES = {"transformer_engine": "Transformer Engine", "apex": "apex"}
 
@@ -82,51 +82,60 @@ class Lamb(torch.optim.AdamW):
         assert closure is None, "closures are not supported"
         params: list[Tensor] = []
         rates: list[float] = []
+        squares: list[Tensor] = []
         for group in self.param_groups:
             group["step"] += 1
             here = [p for p in group["params"] if p.grad is not None]
             if not here:
                 continue
-            self._gradients_to_directions(here, group)
             (b1, b2), t = group["betas"], group["step"]
             correction = math.sqrt(1.0 - b2**t) / (1.0 - b1**t) if self.form == "eva" else 1.0
             params += here
             rates += [group["lr"] * correction] * len(here)
-        updates = _gradients(params)
-        ratios = self._trust_ratios(params, updates)
-        if params:
-            torch._foreach_mul_(updates, [-rate * ratio for rate, ratio in zip(rates, ratios, strict=True)])
-            torch._foreach_add_(params, updates)
+            squares.append(self._gradients_to_directions(here, group))
+        for p, rate, ratio in zip(params, rates, self._trust_ratios(params, squares), strict=True):
+            assert p.grad is not None
+            p.add_(p.grad, alpha=-rate * ratio)
 
-    def _gradients_to_directions(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Moments updated, and each gradient replaced by its u, without a copy of all parameters.
+    def _gradients_to_directions(self, params: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """Moments updated, and each gradient replaced by its u; returns the sums of squares of (p, u), fp64 [P, 2].
 
-        torch's fused Adam does it in one pass over memory, on CPU and CUDA: at rate -1 it adds the direction to zeros.
-        Its t only makes the bias corrections; at infinity there are none.
+        The kernel of torch's Adam(fused=True), one pass over memory on CPU and CUDA, adds the direction to zeros at
+        rate -1. Its t only makes the bias corrections; at infinity there are none. (The public function around it takes
+        as long as a chunk.)
         """
+        flat = []
         for p in params:
-            if not self.state[p]:
-                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state = self.state[p]
+            if not state:
+                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            assert p.grad is not None
+            flat.append([tensor.view(-1) for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])])
+        device = params[0].device
+        limit = _CHUNK_NUMBERS["cpu" if device.type == "cpu" else "gpu"]
+        scratch = torch.empty(min(limit, sum(p.numel() for p in params)), device=device)
         b1, b2 = group["betas"]
-        steps_before = group["step"] - 1.0 if self.form == "lamb" else math.inf
-        for chunk, directions in _with_scratch(params):
-            grads, states = _gradients(chunk), [self.state[p] for p in chunk]
-            adam(
-                directions,
-                grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                list(torch.full((len(chunk),), steps_before, device=chunk[0].device).unbind()),
-                fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=-1.0, weight_decay=0.0, eps=group["eps"],
-                maximize=False,
+        adam_step = float(group["step"]) if self.form == "lamb" else math.inf
+        squares, index = [], []
+        for chunk in _chunks([p.numel() for p in params], limit):
+            here, grads, first, second = ([flat[i][k][start:stop] for i, start, stop in chunk] for k in range(4))
+            sizes = [p.numel() for p in here]
+            directions = list(scratch[: sum(sizes)].zero_().split(sizes))
+            steps = list(torch.full((len(chunk),), adam_step, device=device).unbind())
+            torch._fused_adam_(
+                directions, grads, first, second, [], steps, lr=-1.0, beta1=b1, beta2=b2, weight_decay=0.0,
+                eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
             torch._foreach_copy_(grads, directions)
             if group["weight_decay"] != 0.0:
-                torch._foreach_add_(grads, chunk, alpha=group["weight_decay"])
+                torch._foreach_add_(grads, here, alpha=group["weight_decay"])
+            squares.append(torch.stack([_square_sums(here), _square_sums(grads)], dim=1))
+            index += [i for i, _, _ in chunk]
+        sums = torch.zeros(len(params), 2, dtype=torch.float64, device=device)
+        return sums.index_add_(0, torch.tensor(index, device=device), torch.cat(squares))
 
-    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> list[float]:
-        """c of each parameter's whole tensor."""
+    def _trust_ratios(self, params: list[Tensor], squares: list[Tensor]) -> list[float]:
+        """c of each parameter's whole tensor, from the sums of squares of this rank's pieces."""
         shards = self.shard_map
         if shards is None:
             if not params:
@@ -135,7 +144,7 @@ class Lamb(torch.optim.AdamW):
         sums = torch.zeros(shards.num_tensors, 2, dtype=torch.float64, device=shards.device)
         if params:
             index = torch.tensor([shards.tensor_index[p] for p in params], device=shards.device)
-            sums.index_add_(0, index, torch.stack([_square_sums(x) for x in (params, updates)], dim=1))
+            sums.index_add_(0, index, torch.cat(squares))
         if shards.group is not None and shards.group.size() > 1:
             dist.all_reduce(sums, group=shards.group)
         p_norm, u_norm = sums.sqrt().unbind(dim=1)
@@ -153,26 +162,22 @@ def multi_tensor_package() -> str | None:
     return _MULTI_TENSOR_PACKAGES.get(package)
 
 
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
-
-
-def _with_scratch(params: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """The parameters a chunk at a time, and zeros of their shapes in memory that is used again for the next chunk."""
-    chunks: list[list[Tensor]] = [[]]
-    room = _SCRATCH_NUMBERS
-    for p in params:
-        if p.numel() > room and chunks[-1]:
-            chunks.append([])
-            room = _SCRATCH_NUMBERS
-        chunks[-1].append(p)
-        room -= p.numel()
-    size = max(sum(p.numel() for p in chunk) for chunk in chunks)
-    scratch = torch.empty(size, dtype=params[0].dtype, device=params[0].device)
-    for chunk in chunks:
-        sizes = [p.numel() for p in chunk]
-        zeros = scratch[: sum(sizes)].zero_().split(sizes)
-        yield chunk, [zero.view_as(p) for zero, p in zip(zeros, chunk, strict=True)]
+def _chunks(sizes: list[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Lists of (tensor, start, stop) that cover flat tensors of these sizes, each list `limit` numbers at most."""
+    chunk: list[tuple[int, int, int]] = []
+    room = limit
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            chunk.append((i, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield chunk
+                chunk, room = [], limit
+    if chunk:
+        yield chunk
 
 
 def _square_sums(tensors: list[Tensor]) -> Tensor:
