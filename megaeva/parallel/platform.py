@@ -222,6 +222,15 @@ def _gather_buffer() -> Any:
     return importlib.import_module(_CORE + "utils").GlobalMemoryBuffer()
 
 
+def _in_plain_torch(name: str) -> Callable[..., Any]:
+    """A function of megatron.core.utils that stands in for Transformer Engine's or apex's, which need a GPU."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(_CORE + "utils"), name)(*args)
+
+    return call
+
+
 # Single symbols and what stands in for them.
 SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
     _CORE + "tensor_parallel.random:_get_cuda_rng_state": (_cpu_rng_state, "tracker state from the CPU generator"),
@@ -230,6 +239,16 @@ SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
         _gather_buffer,
         "buffer of gathered sequences, which mcore makes with the groups that nothing here uses",
     ),
+    **{
+        f"{_CORE}optimizer.{symbol}": (_in_plain_torch(local), "kernels of an installed Transformer Engine are CUDA's")
+        for symbol, local in (
+            ("clip_grads:multi_tensor_applier", "local_multi_tensor_applier"),
+            ("clip_grads:l2_norm_impl", "local_multi_tensor_l2_norm"),
+            ("clip_grads:multi_tensor_scale_impl", "local_multi_tensor_scale"),
+            ("optimizer:multi_tensor_applier", "local_multi_tensor_applier"),
+            ("optimizer:multi_tensor_scale_impl", "local_multi_tensor_scale"),
+        )
+    },
     "torch:Tensor.cuda": (_same_tensor, "mcore moves optimizer state with .cuda(); on CPU it is where it should be"),
 }
 
