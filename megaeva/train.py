@@ -31,7 +31,9 @@ def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
         UserError: a mistake in the recipe, data or checkpoint.
     """
     from megaeva.config import check_world, diff_from_base, load
+    from megaeva.config.world import check_world_size
 
+    check_world_size(os.environ)
     cfg = load(recipe, overrides)
     check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     # Imported here: mistakes in the recipe are told before torch is loaded.

@@ -1,30 +1,63 @@
 #!/usr/bin/env bash
-# Many nodes: sbatch --nodes=45 recipes/train_slurm.sh RECIPE [key.path=value ...]. SIGUSR1 comes 5 minutes before the time
-# limit and becomes SIGTERM, on which every rank saves; submit with --resume to continue.
+# Many nodes: sbatch --nodes=45 recipes/train_slurm.sh RECIPE [key.path=value ...], from the repository.
+#
+#   recipes/train_slurm.sh --dry-run RECIPE ...    prints what would run; NNODES=45 says for how many nodes
+#
+# 120 s before the time limit or a preemption SIGTERM comes; every rank saves, and the job is put back into the queue. It goes
+# on by itself: Slurm counts the restarts and a job started again resumes. So does one that Slurm requeues after a node
+# failed. A large checkpoint may need more: sbatch --signal=B:TERM@300.
 #SBATCH --job-name=megaeva
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=96
 #SBATCH --exclusive
-#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-if [[ $# -lt 1 ]]; then
-    echo "usage: sbatch --nodes=N $0 RECIPE [--resume] [key.path=value ...]" >&2
-    exit 2
-fi
-# Without these a rendezvous would quietly fall back to localhost: one separate world on each node.
-: "${SLURM_JOB_NODELIST:?must be set: submit this script with sbatch}" "${SLURM_NNODES:?must be set by Slurm}"
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+fail() { echo "error: $*" >&2; exit 2; }
+[[ $# -gt 0 ]] || fail "no RECIPE is given; a YAML file must be; usage: sbatch --nodes=N $0 RECIPE [--resume] [key.path=value ...]"
 
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="$SLURM_NNODES" --nproc-per-node="${PROCESSES:-8}" --max-restarts=0 \
-    --shutdown-timeout=240 `# torchrun kills the ranks 30 s after SIGTERM otherwise: too short for a large checkpoint` \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" \
-    -m megaeva.train "$@" &
+dry_run=""
+for argument in "$@"; do [[ "$argument" != --dry-run ]] || dry_run=1; done
+# Slurm runs a copy of this file, so its folder says nothing.
+train="${SLURM_SUBMIT_DIR:-$PWD}/recipes/train.sh"
+[[ -r "$train" ]] || fail "$train is not there; sbatch must be called from megaeva's repository; cd there, or use sbatch --chdir and submit from it."
+export PROCESSES="${PROCESSES:-8}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    [[ -n "$dry_run" ]] || fail "SLURM_JOB_ID is not set; this file must be started by Slurm; use sbatch --nodes=N $0 ..., or recipes/train.sh on each node."
+    export NNODES="${NNODES:-1}" NODE_RANK=0 MASTER_ADDR=FIRST_NODE
+else
+    # Without these each node would become a job of its own.
+    : "${SLURM_JOB_NODELIST:?is not set; Slurm must set it; submit this file with sbatch}" "${SLURM_NNODES:?is not set; Slurm must set it; submit this file with sbatch}"
+    export NNODES="$SLURM_NNODES" JOB_ID="$SLURM_JOB_ID" MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) && export MASTER_ADDR
+    [[ -n "$MASTER_ADDR" ]] || fail "scontrol names no host of SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST; the first must be known, all meet there; look at scontrol show hostnames."
+    if [[ $NNODES -gt 1 && "$MASTER_ADDR" =~ ^(localhost|127\.) ]]; then
+        fail "the first of $NNODES nodes is called $MASTER_ADDR; it must be a name that the others reach; look at SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST."
+    fi
+fi
+step=(srun --nodes="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$train" "$@")
+if [[ -n "$dry_run" ]]; then
+    printf '%q ' "${step[@]}"; echo
+    NODE_RANK=0 exec bash "$train" "$@"
+fi
+
+"${step[@]}" &
 job=$!
-trap 'kill -TERM "$job"' USR1 TERM    # srun passes it on to torchrun, torchrun to the ranks
-# The first wait ends when a signal comes; the second waits for the ranks to save.
-wait "$job" || { code=$?; [[ $code -gt 128 ]] && wait "$job" || exit "$code"; }
+stopped=""
+trap 'stopped=1; kill -TERM "$job" 2>/dev/null || true' TERM    # srun passes it on to torchrun, torchrun to the ranks
+# A wait ends when a signal comes; the next one waits for the ranks to save.
+code=0
+wait "$job" || code=$?
+while kill -0 "$job" 2>/dev/null; do
+    code=0
+    wait "$job" || code=$?
+done
+if [[ -n "$stopped" && $code -ne 0 ]]; then
+    echo "stopped by SIGTERM (exit code $code of srun): requeueing job $SLURM_JOB_ID, which then resumes"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

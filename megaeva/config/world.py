@@ -13,6 +13,34 @@ from megaeva.config.layout import text_tp_choices, vision_tp_choices
 from megaeva.config.problem import divisors
 from megaeva.config.schema import AxesSection, Config
 from megaeva.config.topology import PARALLEL_KEYS, data_ranks, microbatches, sharing_ranks, step_axes
+from megaeva.errors import ConfigError
+
+EXPECTED_WORLD_SIZE = "MEGAEVA_WORLD_SIZE"  # set by megaeva/loop/node.py for its ranks
+
+
+def check_world_size(environ: Mapping[str, str]) -> None:
+    """Returns when this rank's world is the whole job, and not one node's part that took itself for all of it.
+
+    Args:
+        environ: of a rank, set by torchrun, by megaeva/loop/node.py, and by Slurm where srun started torchrun.
+
+    Raises:
+        ConfigError: it is smaller or larger.
+    """
+    size = environ.get("WORLD_SIZE", "1")
+    expected = environ.get(EXPECTED_WORLD_SIZE, size)
+    if size != expected:
+        raise ConfigError(
+            f"WORLD_SIZE={size} on this rank, but the job was started with {expected} ranks on all nodes; every rank "
+            "must see all others; start the nodes with recipes/train.sh and the same MASTER_ADDR."
+        )
+    nodes, started_on = environ.get("GROUP_WORLD_SIZE", "1"), environ.get("SLURM_STEP_NUM_NODES", "1")
+    if int(nodes) < int(started_on):
+        raise ConfigError(
+            f"GROUP_WORLD_SIZE={nodes}, but srun started this on SLURM_STEP_NUM_NODES={started_on} nodes; they must be "
+            "one job and not one for each node; use recipes/train_slurm.sh, or torchrun with --nnodes and one "
+            "--rdzv-endpoint that is not localhost."
+        )
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,13 @@ def build_environment(launch: LaunchSection) -> dict[str, str]:
     if launch.threads_per_process is not None:
         environment["OMP_NUM_THREADS"] = str(launch.threads_per_process)
     elif launch.num_processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_of_each(launch.num_processes)))
     return environment
+
+
+def threads_of_each(num_processes: int) -> int:
+    """A fair share of this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // num_processes)
 
 
 def describe_exit(exit_code: int) -> str:
