@@ -100,6 +100,10 @@ class EmulatedFp8(nn.Module):
         """What a resumed run continues with; empty but for recipe=delayed."""
         return {"fp8_scale": self.scale, "fp8_history": self.history} if self.section.recipe == "delayed" else {}
 
+    def fp8_amax(self) -> Tensor:
+        """Largest values of the last step on all ranks [3] fp32: of input, weight and gradient of the output."""
+        return self.amax
+
     def begin_step(self) -> None:
         """What the passes from now on see is one step."""
         self.amax = torch.zeros_like(self.amax)
@@ -170,9 +174,9 @@ def require_fp8(fp8: Fp8Section | None, layer_spec: Literal["local", "te"]) -> N
         raise UserError(f"train.precision=fp8 on a CPU, which has no FP8; a GPU must run it: {REHEARSE}.")
 
 
-def fp8_linears(module: nn.Module) -> dict[str, EmulatedFp8]:
-    """What emulates FP8 in the module, by name; the same names in any layout."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, EmulatedFp8)}
+def fp8_linears(module: nn.Module) -> list[EmulatedFp8]:
+    """What emulates FP8 in the module, in its order."""
+    return [part for part in module.modules() if isinstance(part, EmulatedFp8)]
 
 
 @contextmanager
@@ -191,7 +195,7 @@ def fp8_step(towers: Sequence[Tower], fp8: Fp8Section | None, layer_spec: Litera
         with te_step(towers, fp8):
             yield
         return
-    linears = [(tower, list(fp8_linears(tower.module).values())) for tower in towers]
+    linears = [(tower, fp8_linears(tower.module)) for tower in towers]
     try:
         for _, in_tower in linears:
             for linear in in_tower:
@@ -212,17 +216,16 @@ def fp8_step(towers: Sequence[Tower], fp8: Fp8Section | None, layer_spec: Litera
 def fp8_figures(towers: Sequence[Tower]) -> dict[str, float]:
     """For each tower and role the largest value that the last step quantised, on all ranks of this pipeline stage.
 
-    With recipe=delayed also as a share of what FP8 held at that step's scales: above 1 values were cut off.
+    Emulated with recipe=delayed also as a share of what FP8 held at that step's scales: above 1 values were cut off.
+    Transformer Engine keeps such values with recipe=delayed alone.
     """
     figures: dict[str, float] = {}
     for tower in towers:
-        linears = list(fp8_linears(tower.module).values())
-        if not linears:
-            continue
-        kinds = {"fp8_amax": torch.stack([linear.amax for linear in linears])}
-        if linears[0].section.recipe == "delayed":
-            kinds["fp8_filled"] = torch.stack([linear.filled for linear in linears])
-        for kind, values_n3 in kinds.items():
-            largest_3 = values_n3.amax(0).tolist()
-            figures |= {f"{kind}/{tower.name}/{role}": x for role, x in zip(ROLES, largest_3, strict=True)}
+        asked = [part.fp8_amax() for part in tower.module.modules() if hasattr(part, "fp8_amax")]
+        kinds = {"fp8_amax": [amax_3 for amax_3 in asked if amax_3 is not None]}
+        kinds["fp8_filled"] = [part.filled for part in fp8_linears(tower.module) if part.section.recipe == "delayed"]
+        for kind, values in kinds.items():
+            if values:
+                largest_3 = torch.stack(values).amax(0).tolist()
+                figures |= {f"{kind}/{tower.name}/{role}": x for role, x in zip(ROLES, largest_3, strict=True)}
     return figures

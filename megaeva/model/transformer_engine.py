@@ -5,7 +5,7 @@ work, so nobody does it but on a branch that is for it. `make te-check` holds ev
 installed package; nothing here has run on a GPU.
 
 Parameters have the names, shapes and attributes of the local spec's. `_extra_state`, in which Transformer Engine
-pickles FP8 bookkeeping, is neither saved nor asked for by `checkpoint.pieces`; scales and histories are, by `run_state`.
+pickles FP8 bookkeeping, is neither saved nor asked for by `checkpoint.pieces`; scales and histories are `run_state`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -227,6 +227,13 @@ class _Linear:
                 self._run_state[f"fp8_scale_{way}"] = torch.ones(count, device=device)
                 self._run_state[f"fp8_history_{way}"] = torch.zeros(length, count, device=device)
         return self._run_state
+
+    def fp8_amax(self) -> Tensor | None:
+        """As `EmulatedFp8.fp8_amax`; of recipe=delayed, whose histories hold it from a length of 2 on."""
+        if self._recipe is None or not self._recipe.delayed() or "scaling_fwd" not in self.fp8_meta:
+            return None
+        forward, backward = (self.fp8_meta[f"scaling_{way}"].amax_history for way in _NUM_QUANTISED)
+        return torch.stack([forward[-1, 0], forward[-1, 1], backward[-1, 0]]) if len(forward) > 1 else None
 
     def take_up_run_state(self) -> None:
         """Puts into Transformer Engine's buffers what `run_state` gave out, inside an autocast with the recipe."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaeva.config.schema import AxesSection, Config, Fp8Section, TrainSection
 from megaeva.data.synthetic import make_shards
-from megaeva.model.fp8 import fp8_linears, fp8_step
+from megaeva.model.fp8 import ROLES, EmulatedFp8, fp8_figures, fp8_step
 from megaeva.model.linear import ColumnLinear, RowLinear
 from megaeva.observability.metrics import read_metrics
 from megaeva.optim.build import build_optimizer
@@ -59,10 +59,18 @@ def train(runtime: Runtime, layout: Layout, fp8: Fp8Section | None, features: li
             losses.append(task.step(batch, lambda index, step=step: seed_pass(5, step, index)).item())
         assert optimizer.step()[0]
     scales = {
-        f"{tower.name}.{name}": linear.scale
+        f"{tower.name}.{name}": part.scale
         for tower in task.towers
-        for name, linear in fp8_linears(tower.module).items()
+        for name, part in tower.module.named_modules()
+        if isinstance(part, EmulatedFp8)
     }
+    figures = fp8_figures(task.towers)
+    assert bool(figures) == bool(scales)
+    for name, largest in figures.items():
+        kind, tower, role = name.split("/")
+        assert tower in ("vision", "text") and role in ROLES
+        # Weights hardly move in a step; what goes through them may be larger than in the two steps before.
+        assert 0 < largest < (1.1 if (kind, role) == ("fp8_filled", "weight") else 1e3), name
     return losses, whole_weights(task.towers), scales
 
 

@@ -14,6 +14,7 @@ from megaeva.config.schema import Fp8Section
 from megaeva.errors import UserError
 from megaeva.model import VisionTower, set_recompute
 from megaeva.model import transformer_engine as backend
+from megaeva.model.fp8 import fp8_figures
 from megaeva.model.transformer_engine import check_chip, te_recipe, te_step
 from tests.helpers.tiny import example_images, full_shapes, load_full, random_state, single_grid, tiny
 from tests.te_check.without_gpu import bookkeeping, computable
@@ -179,7 +180,7 @@ def test_histories_get_one_entry_a_step() -> None:
             linear.register_forward_pre_hook(
                 lambda _, args, name=name: seen.setdefault(name, []).append(args[0].abs().max().item())
             )
-        wrapped: Any = SimpleNamespace(module=tower, grid=tower.grid)
+        wrapped: Any = SimpleNamespace(name="vision", module=tower, grid=tower.grid)
         images = example_images(CFG)
         largest: dict[str, list[float]] = {name: [] for name in in_fp8}
         for step in range(3):
@@ -191,6 +192,12 @@ def test_histories_get_one_entry_a_step() -> None:
                     tower(factor * images).square().sum().backward()
             for name in in_fp8:
                 largest[name].append(max(seen[name]))
+    figures = fp8_figures([wrapped])
+    assert figures["fp8_amax/vision/input"] == pytest.approx(max(values[-1] for values in largest.values()))
+    weights = [linear.weight.detach().abs().max().item() for linear in in_fp8.values()]
+    assert figures["fp8_amax/vision/weight"] == pytest.approx(max(weights))
+    gradients = [linear.fp8_meta["scaling_bwd"].amax_history[-1, 0].item() for linear in in_fp8.values()]
+    assert figures["fp8_amax/vision/gradient"] == max(gradients)
     for name, linear in in_fp8.items():
         state = linear.fp8_meta["scaling_fwd"]
         history = state.amax_history[:, 0].tolist()
