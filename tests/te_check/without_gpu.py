@@ -28,6 +28,8 @@ def constructible() -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=answer)))
+        # Asks the accelerator that was just invented.
+        stack.enter_context(mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check"))
         yield
 
 
@@ -35,16 +37,20 @@ def _linear(self: Any, x: Tensor, is_first_microbatch: bool | None = None) -> Te
     """te.pytorch.Linear.forward by what it promises: transfers, product, bias."""
     calls = self.__dict__.setdefault("calls", [])
     calls.append(_state(x, is_first_microbatch))
-    group, together = self.tp_group, self.tp_size > 1
-    if self.parallel_mode == "column" and together:
+    return _parallel_product(self, x, self.weight, self.bias if self.use_bias else None)
+
+
+def _parallel_product(what: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Transfers and product of a linear; `what` has its parallel mode and group."""
+    group, together = what.tp_group, what.tp_size > 1
+    if what.parallel_mode == "column" and together:
         gather = mappings.gather_from_sequence_parallel_region
-        x = (gather if self.sequence_parallel else mappings.copy_to_tensor_model_parallel_region)(x, group=group)
-    bias = self.bias if self.use_bias else None
-    if self.parallel_mode == "column" or not together:
-        return F.linear(x, self.weight, bias)
+        x = (gather if what.sequence_parallel else mappings.copy_to_tensor_model_parallel_region)(x, group=group)
+    if what.parallel_mode == "column" or not together:
+        return F.linear(x, weight, bias)
     scatter = mappings.reduce_scatter_to_sequence_parallel_region
-    add = scatter if self.sequence_parallel else mappings.reduce_from_tensor_model_parallel_region
-    out = add(F.linear(x, self.weight), group=group)
+    add = scatter if what.sequence_parallel else mappings.reduce_from_tensor_model_parallel_region
+    out = add(F.linear(x, weight), group=group)
     return out if bias is None else out + bias
 
 
@@ -120,7 +126,7 @@ def _observe(quantizer: Any, x: Tensor) -> None:
 def _product(
     weight: Tensor, x: Tensor, bias: Tensor | None, args: Any, is_grad_enabled: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`_linear_eager` of one rank: a product not quantised, with the largest values that its casts would leave."""
+    """`_linear_eager`: a product not quantised, with the largest values that its casts would leave."""
     workspace = None
     if args.fp8:
         from transformer_engine.pytorch.module.linear import assert_dim_for_fp8_exec
@@ -130,7 +136,7 @@ def _product(
         if args.is_first_microbatch in (None, True) or args.weight_workspace is None:
             _observe(args.weight_quantizer, weight)
         workspace = weight.detach().clone() if args.cache_weight and args.weight_workspace is None else None
-    out = F.linear(x, weight, bias)
+    out = _parallel_product(args, x, weight, bias)
     if args.fp8 and is_grad_enabled:
         out = _Observed.apply(out, args.grad_output_quantizer)  # type: ignore[no-untyped-call]
     return out, workspace
@@ -149,7 +155,10 @@ def bookkeeping() -> Iterator[None]:
     with computable(), ExitStack() as stack:
         stack.enter_context(mock.patch.object(linear.Linear, "forward", real))
         stack.enter_context(mock.patch.object(linear, "_linear_eager", _product))
-        stack.enter_context(mock.patch.object(quantization, "torch", platform._torch_on_cpu()))
+        view = platform._torch_on_cpu()
+        capturing = mock.Mock(return_value=False)
+        stack.enter_context(mock.patch.object(view.cuda, "is_current_stream_capturing", capturing))
+        stack.enter_context(mock.patch.object(quantization, "torch", view))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True, create=True))
         for name in ("nvtx_range_push", "nvtx_range_pop"):
             stack.enter_context(mock.patch.object(base, name))
