@@ -55,8 +55,7 @@ class EmulatedFp8(nn.Module):
         self.dtypes: dict[Role, torch.dtype] = {"input": E4M3, "weight": E4M3, "gradient": gradient}
         length = section.amax_history if section.recipe == "delayed" else 0
         cpu = torch.device("cpu")  # whatever the tower is being built on
-        self.scale = torch.ones(3, device=cpu)
-        self.amax = self.filled = torch.zeros(3, device=cpu)
+        self.scale, self.amax, self.filled = (torch.full((3,), x, device=cpu) for x in (1.0, 0.0, 0.0))
         self.history = torch.zeros(length, 3, device=cpu)
         self._in_step = False
         self._kept_weight: _Both | None = None

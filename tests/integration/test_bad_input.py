@@ -100,6 +100,7 @@ def checkpoints(recipe: Path) -> list[str]:
         ("data.train=[nowhere/*.tar]", ["nowhere/*.tar", "must match at least one shard", "mend the path"]),
         ("data.train=[nowhere/0.tar]", ["nowhere/0.tar does not exist", "must be there", "mend the path"]),
         ("data.num_workers=3", ["names 2 shards", "3 in all", "lower data.num_workers"]),
+        ("train.precision=fp8", ["train.precision=fp8", "platform=cpu, which has no FP8", "train.fp8.rehearse=true"]),
     ],
 )
 def test_recipe(recipe: Path, capfd: pytest.CaptureFixture[str], override: str, parts: list[str]) -> None:
