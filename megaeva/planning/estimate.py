@@ -1,8 +1,9 @@
 """A recipe on a cluster: bytes of each pipeline stage and seconds of a step, put together from `formulae`. No torch."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megaeva.config.fp8 import NAMES, Fp8Linear, features_on_rank, in_fp8
 from megaeva.config.phases import Phase, run_phases
@@ -72,9 +73,22 @@ class Plan:
     num_gpus: int
     gpu: Gpu
     stages: tuple[StageBytes, ...]
-    phases: tuple[PhaseSeconds, ...]
-    host_bytes: int
-    notes: tuple[str, ...]
+    steps: tuple["_Step", ...]
+
+    @cached_property
+    def phases(self) -> tuple[PhaseSeconds, ...]:
+        """A step of each phase."""
+        return tuple(step.seconds() for step in self.steps)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a rank's copy of what it saves, in the host's memory; 0 where saves are not asynchronous."""
+        return self.steps[0].host_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not counted."""
+        return self.steps[0].notes
 
     @cached_property
     def worst(self) -> StageBytes:
@@ -123,12 +137,12 @@ def plan(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = No
     Args:
         teacher: of a MIM run; None: it is left out, and a note says so.
     """
-    runs = [_Step(phase, num_gpus, gpu, teacher) for phase in run_phases(cfg)]
+    steps = tuple(_Step(phase, num_gpus, gpu, teacher) for phase in run_phases(cfg))
     stages = tuple(
-        max((run.stage_bytes(stage) for run in runs), key=lambda one: one.total)
+        max((step.stage_bytes(stage) for step in steps), key=lambda one: one.total)
         for stage in range(cfg.parallel.vision.pp)
     )
-    return Plan(cfg, num_gpus, gpu, stages, tuple(run.seconds() for run in runs), runs[0].host_bytes, runs[0].notes)
+    return Plan(cfg, num_gpus, gpu, stages, steps)
 
 
 @dataclass(frozen=True)
@@ -158,12 +172,19 @@ class _Tower:
         """As `schedule.Part.in_one_pass`."""
         return self.microbatches == 1 and self.axes.pp == 1 and self.trained
 
-    def fp8_names(self, layer: int) -> tuple[Fp8Linear, ...]:
-        if self.fp8 is None or not self.trained:
-            return ()
-        return tuple(name for name in NAMES if in_fp8(self.section, self.axes.tp, self.fp8, layer, name))
+    @cached_property
+    def _fp8_names(self) -> list[tuple[Fp8Linear, ...]]:
+        """Of each layer the linears that multiply in FP8; empty where none does."""
+        return _names_in_fp8(self.section, self.axes.tp, self.fp8) if self.fp8 and self.trained else []
+
+    def kinds(self, layers: range) -> Sequence[tuple[tuple[Fp8Linear, ...], int]]:
+        """Layers counted by what of them is in FP8."""
+        if not self._fp8_names:
+            return [((), len(layers))]
+        return list(Counter(self._fp8_names[layers.start : layers.stop]).items())
 
     def parameters(self, rank: int) -> int:
+        """On a rank of this pipeline rank."""
         count = sum(map(len, self.chunks[rank])) * f.layer_parameters(self.section, self.axes.tp)
         if rank == 0:
             count += f.first_parameters(self.section, self.axes.tp) + self.extra_first
@@ -172,9 +193,10 @@ class _Tower:
         return count
 
     def fp8_bytes(self, rank: int) -> int:
+        """Of copies of weights."""
         sizes = {name: i * o for name, (i, o) in features_on_rank(self.section, self.axes.tp).items()}
-        layers = (layer for chunk in self.chunks[rank] for layer in chunk)
-        return f.fp8_weight_bytes(sum(sizes[name] for layer in layers for name in self.fp8_names(layer)))
+        kinds = [kind for chunk in self.chunks[rank] for kind in self.kinds(chunk)]
+        return f.fp8_weight_bytes(sum(number * sizes[name] for names, number in kinds for name in names))
 
     # ------------------------------------------------------------------------------------------------ activations
 
@@ -182,16 +204,20 @@ class _Tower:
     def _kept(self) -> dict[tuple[Fp8Linear, ...], int]:
         """Bytes that a layer keeps, by what of it is in FP8."""
         selective = self.axes.recompute == "selective"
-        kinds = {self.fp8_names(layer) for layer in range(self.section.num_layers)}
-        return {kind: f.layer_kept_bytes(self.section, self.work, kind, selective) for kind in kinds}
+        kinds = self.kinds(range(self.section.num_layers))
+        return {kind: f.layer_kept_bytes(self.section, self.work, kind, selective) for kind, _ in kinds}
 
-    def kept(self, rank: int) -> int:
-        """Of all microbatches in flight, at the most."""
+    @cached_property
+    def kept(self) -> list[int]:
+        """Of each pipeline rank, for all its microbatches in flight at the most."""
+        return [self._kept_on(rank) for rank in range(self.axes.pp)]
+
+    def _kept_on(self, rank: int) -> int:
         boundary = f.layer_input_bytes(self.section, self.work)
         costs = []
         for index, chunk in enumerate(self.chunks[rank]):
             again = self._num_recomputed(chunk)
-            cost = again * boundary + sum(self._kept[self.fp8_names(layer)] for layer in chunk[again:])
+            cost = again * boundary + sum(self._kept[kind] * number for kind, number in self.kinds(chunk[again:]))
             if rank == 0 and index == 0:
                 cost += f.embedding_bytes(self.section, self.work)
             last = rank == self.axes.pp - 1 and index == self.axes.vpp - 1
@@ -225,9 +251,9 @@ class _Tower:
 
     def stage_seconds(self, gpu: Gpu) -> tuple[Seconds, Seconds, Seconds]:
         """(forward, backward, computed again) of a microbatch on the pipeline rank that takes longest."""
-        kinds = {self.fp8_names(layer) for layer in range(self.section.num_layers)}
         overlap = self.axes.tp_comm_overlap
-        of_kind = {k: f.layer_seconds(self.section, self.work, gpu, k, overlap) for k in kinds}
+        kinds = self.kinds(range(self.section.num_layers))
+        of_kind = {kind: f.layer_seconds(self.section, self.work, gpu, kind, overlap) for kind, _ in kinds}
         ranks = [self._rank_seconds(rank, gpu, of_kind) for rank in range(self.axes.pp)]
         return max(ranks, key=lambda times: sum(part.total for part in times))
 
@@ -237,13 +263,13 @@ class _Tower:
         forward = backward = again = Seconds()
         for chunk in self.chunks[rank]:
             recomputed = self._num_recomputed(chunk)
-            for place, layer in enumerate(chunk):
-                there, back = of_kind[self.fp8_names(layer)]
-                forward, backward = forward + there, backward + back
-                if place < recomputed:
-                    again = again + there
-                elif self.axes.recompute == "selective":
-                    again = again + Seconds(attention=there.attention)
+            for kind, number in self.kinds(chunk):
+                there, back = of_kind[kind]
+                forward, backward = forward + there * number, backward + back * number
+                if self.axes.recompute == "selective":
+                    again = again + Seconds(attention=there.attention) * number
+            for kind, number in self.kinds(chunk[:recomputed]):
+                again = again + of_kind[kind][0] * number
         ends = 0.0
         if rank == 0:
             ends += f.first_flops(self.section)
@@ -253,6 +279,12 @@ class _Tower:
             one = f.ends_seconds(gpu, ends * self.work.sequences, self.work.precision, self.section.hidden_size)
             forward, backward = forward + one, backward + one * 2
         return forward, backward, again
+
+
+@lru_cache(maxsize=64)
+def _names_in_fp8(section: VisionSection | TextSection, tp: int, fp8: Fp8Section) -> list[tuple[Fp8Linear, ...]]:
+    layers = range(section.num_layers)
+    return [tuple(name for name in NAMES if in_fp8(section, tp, fp8, layer, name)) for layer in layers]
 
 
 class _Step:
@@ -349,7 +381,7 @@ class _Step:
     def _moments(self, stage: int) -> Iterator[tuple[str, int, int]]:
         """(name, activations, loss) of the moments that may be the worst, in the order of a step."""
         number, vision, text = self.vision.work.number, self.vision, self.text
-        backward = vision.kept(stage) + vision.backward_work(stage)
+        backward = vision.kept[stage] + vision.backward_work(stage)
         if not self.contrastive:
             masked, width = self.masked * vision.work.sequences, vision.section.hidden_size
             targets = self.masked * vision.rows * vision.out_dim * number
@@ -366,8 +398,8 @@ class _Step:
         texts = batch // data_ranks(text.axes, self.num_gpus)
         features = f.feature_bytes(samples, embed, number) + f.feature_bytes(texts, embed, number)
         # Graphs that a tower in one pass keeps from its forward to its backward pass.
-        text_graph = text.kept(0) if text.one_pass else 0
-        graph = vision.kept(stage) if vision.one_pass else 0
+        text_graph = text.kept[0] if text.one_pass else 0
+        graph = vision.kept[stage] if vision.one_pass else 0
         forward = max(graph, vision.forward_work)
         if vision.axes.pp > 1:
             forward += 2 * f.layer_input_bytes(vision.section, vision.work)
@@ -375,7 +407,7 @@ class _Step:
         local = batch // self.num_gpus
         yield "the loss", text_graph + graph, features + f.loss_bytes(local, batch, embed, number)
         if text.trained:
-            yield "backward of text", text.kept(0) + text.backward_work(0) + graph, features
+            yield "backward of text", text.kept[0] + text.backward_work(0) + graph, features
         if vision.trained:
             yield "backward of vision", backward, features
 

@@ -6,7 +6,7 @@ a rank keeps between the linears: R / t under sequence parallelism, else R; e by
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 
@@ -327,10 +327,15 @@ class Seconds:
     tp: float = 0.0
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Seconds(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.tp + other.tp,
+        )
 
     def __mul__(self, factor: float) -> "Seconds":
-        return Seconds(*(getattr(self, f.name) * factor for f in fields(self)))
+        return Seconds(self.matmul * factor, self.attention * factor, self.memory * factor, self.tp * factor)
 
     @property
     def total(self) -> float:

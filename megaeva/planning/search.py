@@ -85,12 +85,12 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
 
 
 def _distinct(plans: Sequence[Plan]) -> list[Plan]:
-    """The first few, without such as differ from a better one in the micro batch or the second tower only."""
+    """The first few, one of each tp, pp and precision, with and without all layers recomputed."""
     seen: set[tuple[Any, ...]] = set()
     chosen = []
     for one in plans:
         axes = one.cfg.parallel.vision
-        key = (axes.tp, axes.pp, axes.vpp, axes.recompute, one.cfg.train.precision)
+        key = (axes.tp, axes.pp, axes.recompute == "full", one.cfg.train.precision)
         if key not in seen:
             seen.add(key)
             chosen.append(one)
