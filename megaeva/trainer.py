@@ -19,6 +19,7 @@ from megaeva.data.preflight import preflight
 from megaeva.errors import CheckpointError, FeatureError, UserError
 from megaeva.eval.run import format_results
 from megaeva.model.fp8 import fp8_figures, fp8_step, require_fp8
+from megaeva.observability.profile import StepProfiler
 from megaeva.observability.record import RunRecord, manifest
 from megaeva.optim.build import build_optimizer, kernels_line
 from megaeva.optim.ema import averaged_weights, update_average
@@ -89,6 +90,7 @@ class Trainer:
                     world_size=runtime.world_size, shards=self.loader.shards, phases=self.loader.phases, starts=starts
                 )
                 self.record.write_json("manifest.json", made_with)
+        self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank, self.record.say)
         resumed = [f"resuming step {self.next_step} from {newest}", *self.begun_anew] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         rates = rate_lines(cfg) if runtime.is_main else []
@@ -104,6 +106,7 @@ class Trainer:
         previous_handlers = {number: signal.signal(number, self._note_signal) for number in _SIGNALS}
         try:
             while self.next_step < self.cfg.train.total_steps:
+                self.profiler.at(self.next_step)
                 batch, save, stop = self.next_batch()
                 if save or stop:
                     self.save()
@@ -119,6 +122,7 @@ class Trainer:
                 # `finish` measures the last step.
                 if every_steps and self.next_step % every_steps == 0 and self.next_step < self.cfg.train.total_steps:
                     self.evaluate()
+            self.profiler.close()
             self.finish()
             return 0
         finally:

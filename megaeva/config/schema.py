@@ -313,6 +313,14 @@ class SpikeGuardSection(Section):
     max_spikes: int = Field(10, ge=1, description="so many without `window` accepted steps between stop the run")
 
 
+class ProfileSection(Section):
+    """Steps that torch.profiler traces, into RUN/profile/."""
+
+    first_step: int = Field(10, ge=0, description="counted from 0; a run resumed later traces its first steps")
+    num_steps: int = Field(3, ge=1)
+    ranks: tuple[int, ...] | Literal["all"] = Field((0,), description="each writes a trace of its own")
+
+
 class TrainSection(Section):
     """Length and batch of a run."""
 
@@ -325,6 +333,7 @@ class TrainSection(Section):
     fp8: Fp8Section = Field(Fp8Section(), description="of precision=fp8")
     fp16: Fp16Section = Field(Fp16Section(), description="of precision=fp16")
     spike_guard: SpikeGuardSection | None = Field(None, description="None: every finite step counts")
+    profile: ProfileSection | None = Field(None, description="None: no step is traced")
     log_every_steps: int = Field(10, ge=1)
     timeout_minutes: float = Field(10.0, gt=0.0, description="a collective that waits longer ends the job")
 

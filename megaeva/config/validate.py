@@ -247,10 +247,20 @@ def _guarded(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _profiled(cfg: Config) -> Iterator[Problem]:
+    window, steps = cfg.train.profile, cfg.train.total_steps
+    if window and window.first_step + window.num_steps > steps:
+        yield Problem(
+            "train.profile.first_step",
+            f"and train.profile.num_steps={window.num_steps} must end within the {steps} steps of the run",
+            f"use {max(0, steps - window.num_steps)} or less" if window.num_steps <= steps else "train longer",
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
     _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _frozen,
-    _warmup, _micro_batch, _saving, _guarded, *FP8_RULES,
+    _warmup, _micro_batch, _saving, _guarded, _profiled, *FP8_RULES,
 )  # fmt: skip
 
 

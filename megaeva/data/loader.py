@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch.autograd.profiler import record_function
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megaeva.config.schema import Config
@@ -233,7 +234,8 @@ class Loader:
         started = time.perf_counter()
         if self._items is None:
             self._items = self._start()
-        item = next(self._items)
+        with record_function("megaeva::data"):  # for train.profile
+            item = next(self._items)
         self.wait_seconds += time.perf_counter() - started
         if item.error is not None or item.batch is None:
             self.close()
