@@ -57,6 +57,7 @@ test-exhaustive: $(VENV)/.test
 
 parity: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.run_parity
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.run_lamb
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
