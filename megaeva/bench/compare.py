@@ -70,12 +70,17 @@ def take_turns(
 
 def milliseconds(function: Callable[[], object], device: str) -> float:
     """Wall time of one call, the device's queue empty before and after."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    wait()
+    drain(device)
     start = time.perf_counter()
     function()
-    wait()
+    drain(device)
     return 1e3 * (time.perf_counter() - start)
+
+
+def drain(device: str) -> None:
+    """Waits for what is queued on a device of this type; a CPU has no queue."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def row(*cells: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from megaeva.bench.captions import typical_tokens
-from megaeva.bench.compare import row
+from megaeva.bench.compare import drain, row
 from megaeva.bench.step import MegatronStep, Part, Precision, example_batch, only, recipe
 from megaeva.config.schema import ModelSection
 from megaeva.parallel import schedule
@@ -33,7 +33,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._device = device.type
         self._running = ["other"]
         self._since = 0.0
 
@@ -49,14 +49,14 @@ class Clock:
             self._running.pop()
 
     def _turn(self) -> None:
-        self._wait()
+        drain(self._device)
         now = time.perf_counter()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
 
     def one_step(self, step: Callable[[], object]) -> dict[str, float]:
         """Seconds of the parts of one call."""
-        self._wait()
+        drain(self._device)
         self.seconds.clear()
         self._since = time.perf_counter()
         step()
