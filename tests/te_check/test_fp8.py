@@ -16,8 +16,8 @@ from megaeva.model import VisionTower, set_recompute
 from megaeva.model import transformer_engine as backend
 from megaeva.model.fp8 import fp8_figures
 from megaeva.model.transformer_engine import check_chip, te_recipe, te_step
-from tests.helpers.tiny import example_images, full_shapes, load_full, random_state, single_grid, tiny
-from tests.te_check.without_gpu import bookkeeping, computable
+from tests.helpers.tiny import example_images, full_shapes, load_full, random_state, tiny
+from tests.te_check.without_gpu import bookkeeping, computable, one_grid
 
 CFG = tiny("EVA02-CLIP-L-14", ffn_hidden_size=48)  # FP8 takes multiples of 16
 
@@ -80,8 +80,8 @@ def test_a_chip_that_cannot_is_named(capability: tuple[int, int], works: tuple[s
 
 def _tower(section: Fp8Section) -> VisionTower:
     with mock.patch.object(backend, "check_chip"):
-        tower = VisionTower(CFG.vision, 20, grid=single_grid(), layer_spec="te", fp8=section)
-    load_full(tower, random_state(full_shapes(tower)), single_grid())
+        tower = VisionTower(CFG.vision, 20, grid=one_grid(), layer_spec="te", fp8=section)
+    load_full(tower, random_state(full_shapes(tower)), one_grid())
     return tower
 
 
@@ -162,7 +162,7 @@ def test_an_error_in_a_step_reduces_nothing() -> None:
     section = Fp8Section()
     reduce = mock.Mock()
     with computable(), mock.patch.object(FP8GlobalStateManager, "reduce_and_update_fp8_tensors", reduce):
-        wrapped: Any = SimpleNamespace(module=_tower(section), grid=single_grid())
+        wrapped: Any = SimpleNamespace(module=_tower(section), grid=one_grid())
         with pytest.raises(ZeroDivisionError), te_step([wrapped], section):
             raise ZeroDivisionError
     reduce.assert_not_called()

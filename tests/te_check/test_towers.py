@@ -7,18 +7,18 @@ from megaeva.checkpoint.pieces import module_pieces
 from megaeva.config.variants import VARIANTS
 from megaeva.model import MIMStudent, TextTower, VisionTower, set_recompute
 from megaeva.model.layer_specs import LayerSpec
-from tests.helpers.tiny import example_images, example_tokens, full_shapes, load_full, random_state, single_grid, tiny
-from tests.te_check.without_gpu import computable, constructible
+from tests.helpers.tiny import example_images, example_tokens, full_shapes, load_full, random_state, tiny
+from tests.te_check.without_gpu import computable, constructible, one_grid
 
 ATTRIBUTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel", "allreduce")
 
 
 def vision(variant: str, layer_spec: LayerSpec) -> VisionTower:
-    return VisionTower(tiny(variant).vision, 20, grid=single_grid(), layer_spec=layer_spec)
+    return VisionTower(tiny(variant).vision, 20, grid=one_grid(), layer_spec=layer_spec)
 
 
 def text(variant: str, layer_spec: LayerSpec) -> TextTower:
-    return TextTower(tiny(variant).text, 20, grid=single_grid(), layer_spec=layer_spec)
+    return TextTower(tiny(variant).text, 20, grid=one_grid(), layer_spec=layer_spec)
 
 
 def described(module: torch.nn.Module) -> dict[str, tuple[object, ...]]:
@@ -42,7 +42,7 @@ def test_parameters_are_those_of_the_local_spec(variant: str, build) -> None:  #
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_records_of_a_checkpoint_are_those_of_the_local_spec(variant: str) -> None:
-    grid = single_grid()
+    grid = one_grid()
     with constructible():
         engine = vision(variant, "te")
         extra = [name for name in engine.state_dict() if name.endswith("_extra_state")]
@@ -64,7 +64,7 @@ def test_numbers_are_those_of_the_local_spec(variant: str) -> None:
         results = []
         with computable():
             for tower in (local, build(variant, "te")):
-                load_full(tower, state, single_grid())
+                load_full(tower, state, one_grid())
                 out = tower(batch)
                 (out * torch.linspace(0.5, 1.5, out.numel()).view_as(out)).sum().backward()
                 results.append((out, {name: p.grad for name, p in tower.named_parameters()}))
@@ -82,7 +82,7 @@ def test_recompute_changes_nothing(mode: str) -> None:
     with computable():
         for recompute in ("none", mode):
             tower = vision("EVA02-CLIP-L-14", "te")
-            load_full(tower, random_state(full_shapes(tower)), single_grid())
+            load_full(tower, random_state(full_shapes(tower)), one_grid())
             set_recompute(tower, recompute)  # type: ignore[arg-type]
             tower(example_images(cfg)).square().sum().backward()
             gradients.append([p.grad for p in tower.parameters()])
@@ -91,7 +91,7 @@ def test_recompute_changes_nothing(mode: str) -> None:
 
 def test_a_student_has_the_local_specs_parameters() -> None:
     cfg = tiny("EVA02-CLIP-L-14").vision
-    local = MIMStudent(cfg, 20, grid=single_grid())
+    local = MIMStudent(cfg, 20, grid=one_grid())
     with constructible():
-        engine = MIMStudent(cfg, 20, grid=single_grid(), layer_spec="te")
+        engine = MIMStudent(cfg, 20, grid=one_grid(), layer_spec="te")
     assert described(engine) == described(local)

@@ -6,6 +6,7 @@ norms and attention, by plain PyTorch of the same definition.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
+
+from megaeva.parallel.grid import Grid
+from tests.helpers.tiny import single_grid
+
+
+@cache
+def one_grid() -> Grid:
+    """The grid of this process, made once: each has process groups, and those hold threads."""
+    return single_grid()
 
 
 @contextmanager
