@@ -33,6 +33,11 @@ def run_plan(
     """
     gpu = find_gpu(gpu_name)
     cfg = load(recipe, overrides)
+    if cfg.train.precision not in gpu.peak_tflops:
+        raise ConfigError(
+            f"train.precision={cfg.train.precision} is not one that {gpu.name} multiplies in; use "
+            f"{' or '.join(gpu.peak_tflops)}, or another --gpu."
+        )
     if not searching:
         check_world(cfg, num_gpus)
     teacher = _teacher(cfg, recipe, teacher_name)

@@ -316,7 +316,7 @@ class _Step:
             self.vision = replace(student, out_rows=self.masked, head_bias=True, extra_first=vision.hidden_size)
             if teacher is None:
                 notes.append(
-                    "the teacher is not counted, as its checkpoint is not there; --teacher NAME says which model it is"
+                    "the teacher is not counted: its checkpoint is not there; say what it is with --teacher NAME"
                 )
             else:
                 patches = teacher.vision.num_patches

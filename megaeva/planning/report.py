@@ -25,8 +25,9 @@ def plan_lines(plan: Plan) -> list[str]:
     lines += [f"note: {note}" for note in plan.notes]
     if plan.host_bytes:
         lines.append(f"note: asynchronous saves copy {in_bytes(plan.host_bytes)} a GPU into the host's memory")
-    fitted = f", and a slowdown of {gpu.slowdown:g}, fitted to a published run" if gpu.slowdown > 1 else ""
-    lines.append(f"note: efficiencies are assumed{fitted}; nothing was measured (--calibration)")
+    lines.append("note: efficiencies are assumed, nothing was measured; see --calibration")
+    if gpu.slowdown > 1:
+        lines.append(f"note: all is {gpu.slowdown:g} times slower than they say, fitted to a published run")
     return lines
 
 
