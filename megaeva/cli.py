@@ -546,6 +546,51 @@ def bench_convert(
         typer.echo(line)
 
 
+@bench_app.command("sweep")
+@explained
+def bench_sweep(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of processes, e.g. 1,2,4,8.")] = "1,2",
+    layouts: Annotated[
+        str, typer.Option(help="Words joined by _: dp, tpN, textN, ppN, vppN, sp, zero, mbN, recompute.")
+    ] = "dp,tp2",
+    sizes: Annotated[str, typer.Option(help="Variants of the model.", show_default="the recipe's")] = "",
+    precisions: Annotated[str, typer.Option(help="e.g. fp32,bf16.", show_default="the recipe's")] = "",
+    scaling: Annotated[
+        Literal["strong", "weak", "both"], typer.Option(help="strong: one global batch. weak: it grows with the ranks.")
+    ] = "both",
+    steps: Annotated[int, typer.Option(min=1, help="That are timed, of each run.")] = 8,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="Of one rank, for MFU.", show_default="torch.mm's on a CPU; none on a GPU")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where rows.jsonl, tables.md, sweep.svg and runs/ go.")] = Path(
+        "runs/sweep"
+    ),
+) -> None:
+    """Time a few steps of a recipe in every layout, size, precision and number of ranks.
+
+    The same command again continues where it stopped, and another one adds its rows.
+    """
+    from megaeva.bench.command import run_sweep
+
+    numbers = ranks.split(",")
+    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--ranks {ranks} must be whole numbers above 0 with commas between; e.g. --ranks 1,2.")
+    run_sweep(
+        recipe,
+        overrides or [],
+        ranks=[int(number) for number in numbers],
+        layouts=layouts.split(","),
+        sizes=[size for size in sizes.split(",") if size],
+        precisions=[precision for precision in precisions.split(",") if precision],
+        scaling=scaling,
+        steps=steps,
+        peak_tflops=peak_tflops,
+        out=out,
+    )
+
+
 @bench_app.command("layouts")
 @explained
 def bench_layouts(

@@ -1,4 +1,4 @@
-"""`megaeva bench`, for a checkout whose command is not on the path: python tools/benchmark.py step --peer plain."""
+"""`megaeva bench`, for a checkout whose command is not on the path: python tools/benchmark.py sweep RECIPE."""
 
 import sys
 

@@ -224,6 +224,40 @@ def run_fp8(recipe: Path, precisions: Sequence[str], seeds: Sequence[int], run_d
     return fp8.within_limit(results)
 
 
+def run_sweep(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    ranks: Sequence[int],
+    layouts: Sequence[str],
+    sizes: Sequence[str],
+    precisions: Sequence[str],
+    scaling: Literal["strong", "weak", "both"],
+    steps: int,
+    peak_tflops: float | None,
+    out: Path,
+) -> None:
+    """Makes what is left of the runs, prints their tables, writes rows.jsonl, tables.md and sweep.svg into `out`.
+
+    Raises:
+        UserError: a mistake in the options or recipe, or Ctrl-C.
+    """
+    from megaeva.bench import sweep, sweep_tables
+
+    runs = sweep.plan_runs(
+        recipe, overrides, ranks=ranks, layouts=layouts, sizes=sizes, precisions=precisions, scaling=scaling,
+        steps=steps, out=out, say=print,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    sweep.make_runs(runs, out, peak_tflops, print)
+    rows = sweep.read_rows(out)
+    lines = sweep_tables.table_lines(rows)
+    (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if rows:
+        sweep_tables.draw(rows, out / "sweep.svg")
+    print("\n".join(lines))
+
+
 def find_model(name: str) -> ModelSection:
     """The published model of that name, upstream's or open_clip's.
 

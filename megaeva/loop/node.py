@@ -259,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
     resume = "--resume" in argv or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     recipe, *overrides = (argument for argument in argv if argument not in ("--dry-run", "--resume"))
     cfg = load(recipe, overrides)
-    num_gpus = _count_gpus()
+    num_gpus = count_gpus()
     node = read_node(cfg, os.environ, num_gpus)
     check_world(cfg, node.nnodes * node.processes)
     run_dir = Path(cfg.run_dir)
@@ -302,7 +302,8 @@ def _by_slurm(environ: Mapping[str, str]) -> bool:
     return "NODE_RANK" not in environ and "SLURM_NODEID" in environ
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """Of this machine, as nvidia-smi lists them."""
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

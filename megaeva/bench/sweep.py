@@ -1,0 +1,277 @@
+"""`megaeva bench sweep`: layouts, sizes, precisions and numbers of ranks of one recipe, a few steps of each as a job.
+
+OUT/rows.jsonl has one row a run; a run whose row is there is not made again. OUT/tables.md and OUT/sweep.svg are drawn
+from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from megaeva.checkpoint.layout import FOLDER_NAME, read_model_section
+from megaeva.config import check_world, dump, load
+from megaeva.config.schema import Config, EvalSection, LaunchSection
+from megaeva.errors import ConfigError
+from megaeva.loop.launch import StageFailedError, launch, threads_of_each
+from megaeva.loop.node import count_gpus
+from megaeva.observability.metrics import read_metrics
+from megaeva.planning import plan
+from megaeva.planning.gpus import find_gpu
+
+Scaling = Literal["strong", "weak", "both"]
+
+_WARM_UP, _TRACED = 3, 2  # steps before those that are timed, and after them
+_TOKEN = re.compile(r"(dp|sp|zero|recompute|(?:tp|text|pp|vpp|mb)\d+)")
+_AGAIN = "run the same command again: it makes this run anew, and what is left."
+_NOTHING_BESIDE = ("save.every_steps=null", "save.every_minutes=null", "optim.warmup_steps=0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job of a sweep.
+
+    Attributes:
+        cfg: its whole recipe; nothing is evaluated.
+        identity: what its row is found by.
+    """
+
+    name: str
+    ranks: int
+    cfg: Config
+    identity: dict[str, Any]
+
+
+def layout_overrides(layout: str, cfg: Config) -> list[str]:
+    """A layout's keys.
+
+    Args:
+        layout: words joined by "_": dp (all axes 1), tpN (both towers), textN (text tower), ppN, vppN, sp (sequence
+            parallel), zero (distributed optimizer), mbN (micro batch), recompute (full); e.g. tp2_pp2_sp.
+
+    Raises:
+        ConfigError: a word that is none of these.
+    """
+    towers = ["vision", "text"] if cfg.task == "contrastive" else ["vision"]
+    found: dict[str, object] = {}
+    for word in layout.split("_"):
+        if not _TOKEN.fullmatch(word):
+            raise ConfigError(
+                f"--layouts {layout}: {word!r} is no layout; its words must be dp, tpN, textN, ppN, vppN, sp, zero, "
+                "mbN or recompute, joined by _; e.g. --layouts dp,tp2,tp2_pp2_sp."
+            )
+        number = word.lstrip("abcdefghijklmnopqrstuvwxyz")
+        match word.removesuffix(number):
+            case "tp":
+                found |= {f"parallel.{tower}.tp": number for tower in towers}
+            case "text":
+                found["parallel.text.tp"] = number
+            case "pp" | "vpp" as axis:
+                found[f"parallel.vision.{axis}"] = number
+            case "sp":
+                found |= {f"parallel.{tower}.sequence_parallel": "true" for tower in towers}
+            case "recompute":
+                found |= {f"parallel.{tower}.recompute": "full" for tower in towers}
+            case "zero":
+                found["parallel.distributed_optimizer"] = "true"
+            case "mb":
+                found["train.micro_batch_size"] = number
+    return [f"{key}={value}" for key, value in found.items()]
+
+
+def plan_runs(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    ranks: Sequence[int],
+    layouts: Sequence[str],
+    sizes: Sequence[str],
+    precisions: Sequence[str],
+    scaling: Scaling,
+    steps: int,
+    out: Path,
+    say: Callable[[str], None],
+) -> list[Run]:
+    """The jobs of a sweep, small ones first; combinations that cannot be are said and left out.
+
+    Args:
+        sizes: names for model.variant; empty: the recipe's model.
+        precisions: empty: the recipe's.
+        scaling: strong keeps the recipe's global batch at all ranks, weak its share of the first number of ranks.
+        steps: that are timed.
+
+    Raises:
+        ConfigError: the recipe itself, a layout's name, or not one combination is right.
+    """
+    base = load(recipe, overrides)
+    runs: list[Run] = []
+    for size, precision, layout, number in product(
+        sizes or [""], precisions or [base.train.precision], layouts, sorted(ranks)
+    ):
+        batch = base.train.global_batch_size
+        weak = batch * number // min(ranks)
+        for global_batch in sorted({"strong": {batch}, "weak": {weak}, "both": {batch, weak}}[scaling]):
+            identity = {
+                "recipe": str(recipe), "overrides": list(overrides), "size": size or base.model.variant or "recipe",
+                "precision": precision, "layout": layout, "ranks": number, "global_batch_size": global_batch,
+                "steps": steps,
+            }  # fmt: skip
+            name = f"{identity['size']}_{precision}_{layout}_{number}_ranks_batch_{global_batch}"
+            total = _WARM_UP + steps + _TRACED
+            settings = [
+                *overrides,
+                *([f"model.variant={size}"] if size else []),
+                *layout_overrides(layout, base),
+                *_NOTHING_BESIDE,
+                f"train.precision={precision}",
+                f"train.global_batch_size={global_batch}",
+                f"train.total_samples={global_batch * total}",
+                "train.log_every_steps=1",
+                f"train.profile.first_step={_WARM_UP + steps}",
+                f"train.profile.num_steps={_TRACED}",
+                "train.profile.ranks=[0]",
+                f"run_dir={out / 'runs' / name}",
+            ]
+            try:
+                cfg = load(recipe, settings).model_copy(update={"eval": EvalSection()})
+                check_world(cfg, number)
+            except ConfigError as error:
+                say(f"left out: {name}: {error}")
+                continue
+            runs.append(Run(name, number, cfg, identity))
+    if not runs:
+        raise ConfigError(
+            f"no combination of --ranks {','.join(map(str, ranks))} and --layouts {','.join(layouts)} fits {recipe}; "
+            "at least one must; see the reasons above."
+        )
+    return runs
+
+
+def make_runs(runs: Sequence[Run], out: Path, peak_tflops: float | None, say: Callable[[str], None]) -> None:
+    """Makes the runs that have no row yet. One that fails is said and has none, so the next sweep tries it again.
+
+    Args:
+        peak_tflops: of one rank, for MFU; None: what a CPU's torch.mm reaches with a rank's threads, measured here; on
+            GPUs no MFU.
+    """
+    done = {json.dumps(_identity(row)) for row in read_rows(out)}
+    ceilings: dict[tuple[str, int], float] = {}
+    for number, run in enumerate(runs, 1):
+        title = f"({number}/{len(runs)}) {run.name}"
+        if json.dumps(run.identity) in done:
+            say(f"{title}: has its row")
+            continue
+        say(title)
+        run_dir = Path(run.cfg.run_dir)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        dump(run.cfg, run_dir / "recipe.yaml")
+        section = LaunchSection(num_processes=run.ranks)
+        try:
+            launch(run_dir / "recipe.yaml", [], section, run_dir / "train.log", stage=run.name, again=_AGAIN)
+        except StageFailedError as error:
+            say(f"{title}: failed, no row: {error}")
+            continue
+        peak, source = peak_tflops, "given"
+        if peak is None and not count_gpus():
+            threads = threads_of_each(run.ranks)
+            key = ("fp32" if run.cfg.train.precision == "fp32" else "bf16", threads)
+            if key not in ceilings:
+                ceilings[key] = _measured_ceiling(*key)
+            peak, source = ceilings[key], f"torch.mm on {threads} threads"
+        row = run.identity | measure(run, peak) | {"peak_tflops": peak, "peak_from": source if peak else None}
+        with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shutil.rmtree(run_dir / FOLDER_NAME, ignore_errors=True)
+        say(f"{title}: {row['samples_per_second']:.4g} samples/s")
+
+
+def measure(run: Run, peak_tflops: float | None) -> dict[str, Any]:
+    """The figures of a finished run, read from its folder: of the timed steps, and of the traced ones after them.
+
+    `mfu` counts the model's own FLOPs (megaeva.planning), `memory_gib` is rank 0's, and so are the shares of the trace.
+    """
+    from megaeva.observability.profile import read_trace, shares
+
+    run_dir, steps = Path(run.cfg.run_dir), run.identity["steps"]
+    lines = {int(line["step"]): line for line in read_metrics(run_dir)}
+    first, last = _WARM_UP, _WARM_UP + steps
+    seconds = (lines[last]["wall_time"] - lines[first]["wall_time"]) / steps
+    timed = [lines[step] for step in range(first + 1, last + 1)]
+    weights = [1 / line["samples_per_second"] for line in timed]
+    waited = sum(line["data_wait_share"] * weight for line, weight in zip(timed, weights, strict=True))
+    (trace,) = (run_dir / "profile").glob("rank_0_*.json.gz")
+    milliseconds = shares(read_trace(trace))
+    whole = sum(milliseconds.values())
+    teacher = run.cfg.teacher
+    model = read_model_section(teacher.checkpoint) if teacher else None
+    # The kind of GPU is of no matter to the number of operations.
+    flops = plan(run.cfg, run.ranks, find_gpu("a100-80"), model).phases[0].model_flops
+    made_with = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        "samples_per_second": run.cfg.train.global_batch_size / seconds,
+        "step_seconds": seconds,
+        "model_flops": flops,
+        "mfu": flops / (seconds * run.ranks * peak_tflops * 1e12) if peak_tflops else None,
+        "memory_gib": max(line["memory_gib"] for line in timed),
+        "data_wait_share": waited / sum(weights),
+        "communication_share": milliseconds["communication"] / whole,
+        "trace_shares": {part: ms / whole for part, ms in milliseconds.items()},
+        "commit": made_with["git_commit"],
+        "versions": made_with["packages"],
+        "hardware": made_with["machine"] | {"cpu": _cpu_name(), "gpus": _gpu_names()},
+        "threads": made_with["threads"],
+        "command": f"megaeva bench sweep {run.identity['recipe']}, run {run.name}",
+    }
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """All rows of a sweep; a line cut off by a kill is left out."""
+    path = out / "rows.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _identity(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("recipe", "overrides", "size", "precision", "layout", "ranks", "global_batch_size", "steps")
+    return {name: row[name] for name in names}
+
+
+def _measured_ceiling(precision: str, threads: int) -> float:
+    """TFLOP/s of torch.mm on this CPU."""
+    import torch
+
+    from megaeva.bench.matrix_work import ceiling
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return ceiling({"fp32": torch.float32, "bf16": torch.bfloat16}[precision], torch.device("cpu")) / 1e12
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu_name() -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _gpu_names() -> list[str]:
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return []
+    return listed.stdout.splitlines() if listed.returncode == 0 else []
