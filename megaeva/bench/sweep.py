@@ -5,6 +5,7 @@ from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from megaeva.checkpoint.layout import FOLDER_NAME, read_model_section
 from megaeva.config import check_world, dump, load
 from megaeva.config.schema import Config, EvalSection, LaunchSection
 from megaeva.errors import ConfigError
-from megaeva.loop.launch import StageFailedError, launch, threads_of_each
+from megaeva.loop.launch import StageFailedError, launch
 from megaeva.loop.node import count_gpus
 from megaeva.observability.metrics import read_metrics
 from megaeva.planning import plan
@@ -177,24 +178,26 @@ def make_runs(runs: Sequence[Run], out: Path, peak_tflops: float | None, say: Ca
         except StageFailedError as error:
             say(f"{title}: failed, no row: {error}")
             continue
+        figures = measure(run)
         peak, source = peak_tflops, "given"
         if peak is None and not count_gpus():
-            threads = threads_of_each(run.ranks)
+            threads = int(figures["threads"] or os.cpu_count() or 1)
             key = ("fp32" if run.cfg.train.precision == "fp32" else "bf16", threads)
             if key not in ceilings:
                 ceilings[key] = _measured_ceiling(*key)
-            peak, source = ceilings[key], f"torch.mm on {threads} threads"
-        row = run.identity | measure(run, peak) | {"peak_tflops": peak, "peak_from": source if peak else None}
-        with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            peak, source = ceilings[key], f"torch.mm here, threads of a rank: {threads}"
+        mfu = figures["model_flops"] / (figures["step_seconds"] * run.ranks * peak * 1e12) if peak else None
+        row = run.identity | figures | {"mfu": mfu, "peak_tflops": peak, "peak_from": source if peak else None}
+        _append_row(out / "rows.jsonl", row)
         shutil.rmtree(run_dir / FOLDER_NAME, ignore_errors=True)
         say(f"{title}: {row['samples_per_second']:.4g} samples/s")
 
 
-def measure(run: Run, peak_tflops: float | None) -> dict[str, Any]:
+def measure(run: Run) -> dict[str, Any]:
     """The figures of a finished run, read from its folder: of the timed steps, and of the traced ones after them.
 
-    `mfu` counts the model's own FLOPs (megaeva.planning), `memory_gib` is rank 0's, and so are the shares of the trace.
+    `model_flops` are the model's own of a step (megaeva.planning), of which MFU is made; `memory_gib` and the shares of
+    the trace are rank 0's.
     """
     from megaeva.observability.profile import read_trace, shares
 
@@ -217,7 +220,6 @@ def measure(run: Run, peak_tflops: float | None) -> dict[str, Any]:
         "samples_per_second": run.cfg.train.global_batch_size / seconds,
         "step_seconds": seconds,
         "model_flops": flops,
-        "mfu": flops / (seconds * run.ranks * peak_tflops * 1e12) if peak_tflops else None,
         "memory_gib": max(line["memory_gib"] for line in timed),
         "data_wait_share": waited / sum(weights),
         "communication_share": milliseconds["communication"] / whole,
@@ -240,6 +242,13 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def _append_row(path: Path, row: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
 
 
 def _identity(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""What a sweep runs, what it reads from a run's folder, what it skips, and its tables. Jobs here are made up."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaeva.bench import sweep
+from megaeva.bench.sweep import Run, layout_overrides, make_runs, plan_runs, read_rows
+from megaeva.bench.sweep_tables import draw, scaling_of, strong_group, table_lines
+from megaeva.config import load
+from megaeva.config.schema import LaunchSection
+from megaeva.errors import ConfigError
+from megaeva.loop.launch import StageFailedError
+from tests.integration.test_training import write_recipe
+
+STEPS = 4
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, str(tmp_path / "*.tar"))
+
+
+def planned(recipe: Path, said: list[str], **other: Any) -> list[Run]:
+    options = {"ranks": [1, 2], "layouts": ["dp", "tp2"], "sizes": [], "precisions": [], "scaling": "both"} | other
+    return plan_runs(recipe, ["seed=3"], steps=STEPS, out=recipe.parent / "out", say=said.append, **options)
+
+
+def test_layouts_are_words(recipe: Path) -> None:
+    cfg = load(recipe)
+    assert layout_overrides("dp", cfg) == []
+    assert layout_overrides("tp4_text2_pp2_vpp3_mb8", cfg) == [
+        "parallel.vision.tp=4", "parallel.text.tp=2", "parallel.vision.pp=2", "parallel.vision.vpp=3",
+        "train.micro_batch_size=8",
+    ]  # fmt: skip
+    assert layout_overrides("tp2_sp_zero_recompute", cfg)[2:] == [
+        "parallel.vision.sequence_parallel=true", "parallel.text.sequence_parallel=true",
+        "parallel.distributed_optimizer=true", "parallel.vision.recompute=full", "parallel.text.recompute=full",
+    ]  # fmt: skip
+    for wrong in ("tp", "dp2", "cp2", "tp2-pp2", ""):
+        with pytest.raises(ConfigError, match="is no layout; its words must be"):
+            layout_overrides(wrong, cfg)
+
+
+def test_a_sweep_plans_what_fits_and_says_what_does_not(recipe: Path) -> None:
+    said: list[str] = []
+    runs = planned(recipe, said)
+    assert [(r.identity["layout"], r.ranks, r.cfg.train.global_batch_size) for r in runs] == [
+        ("dp", 1, 8), ("dp", 2, 8), ("dp", 2, 16), ("tp2", 2, 8), ("tp2", 2, 16),
+    ]  # fmt: skip
+    assert len(said) == 1
+    assert "left out: recipe_fp32_tp2_1_ranks_batch_8: 1 process must be a multiple of 2" in said[0]
+    cfg = runs[2].cfg
+    assert (cfg.seed, cfg.train.total_steps, cfg.train.log_every_steps) == (3, 9, 1)
+    assert cfg.train.profile is not None
+    assert (cfg.train.profile.first_step, cfg.train.profile.num_steps) == (7, 2)
+    assert cfg.save.every_steps is None
+    assert [r.cfg.train.global_batch_size for r in planned(recipe, said, scaling="strong", layouts=["dp"])] == [8, 8]
+    assert [r.cfg.train.global_batch_size for r in planned(recipe, said, scaling="weak", layouts=["dp"])] == [8, 16]
+    precise = planned(recipe, said, precisions=["fp32", "bf16"], layouts=["dp"], scaling="weak")
+    assert [r.cfg.train.precision for r in precise] == ["fp32", "fp32", "bf16", "bf16"]
+    with pytest.raises(ConfigError, match="no combination of --ranks 1 and --layouts tp2 fits"):
+        planned(recipe, said, ranks=[1], layouts=["tp2"])
+
+
+class Jobs:
+    """In place of torchrun: writes what a run of 2 s steps leaves; batch 16 fails."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def __call__(
+        self, path: Path, overrides: Sequence[str], section: LaunchSection, log: Path, *, stage: str, again: str
+    ) -> None:
+        self.made.append(stage)
+        cfg = load(path, overrides)
+        if cfg.train.global_batch_size == 16:
+            raise StageFailedError(stage, 0, 1, "out of memory", log, again)
+        run_dir = Path(cfg.run_dir)
+        seconds = 2.0 / section.num_processes**0.5
+        lines = [
+            {
+                "step": step,
+                # The first three steps and the traced ones are slow.
+                "wall_time": 100.0 * min(step, 3) + seconds * max(0, min(step, 7) - 3) + 50.0 * max(0, step - 7),
+                "samples_per_second": 8 / seconds,
+                "data_wait_share": 0.25,
+                "memory_gib": 1.0 + 0.1 * (step == 5) + 5 * (step == 9),
+            }
+            for step in range(1, 10)
+        ]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        events = [
+            {"ph": "X", "cat": "user_annotation", "name": "megaeva::window", "ts": 0, "dur": 1000},
+            {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 300},
+            {"ph": "X", "cat": "cpu_op", "name": "gloo:all_reduce", "ts": 300, "dur": 100},
+        ]
+        (run_dir / "profile").mkdir()
+        with gzip.open(run_dir / "profile" / "rank_0_steps_7_8.json.gz", "wt") as file:
+            json.dump({"traceEvents": events}, file)
+        manifest = {"git_commit": "abc", "packages": {"torch": "2"}, "machine": {"cores": 2}, "threads": "1"}
+        (run_dir / "manifest.json").write_text(json.dumps(manifest))
+        (run_dir / "checkpoints").mkdir()
+
+
+def test_rows_are_measured_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs()
+    monkeypatch.setattr(sweep, "launch", jobs)
+    monkeypatch.setattr(sweep, "count_gpus", lambda: 0)
+    out, said = recipe.parent / "out", list[str]()
+    runs = planned(recipe, said, layouts=["dp"])
+    make_runs(runs, out, 0.001, said.append)
+    one, two = read_rows(out)
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["step_seconds"] == pytest.approx(2.0)
+    assert one["samples_per_second"] == pytest.approx(4.0)
+    assert one["mfu"] == pytest.approx(one["model_flops"] / 2.0 / 1e9)
+    assert two["mfu"] == pytest.approx(one["mfu"] / 2**0.5)
+    assert one["memory_gib"] == pytest.approx(1.1)
+    assert one["data_wait_share"] == pytest.approx(0.25)
+    assert one["communication_share"] == pytest.approx(0.1)
+    assert (one["commit"], one["versions"], one["hardware"]["cores"]) == ("abc", {"torch": "2"}, 2)
+    assert any("batch_16: failed, no row" in line and "out of memory" in line for line in said)
+    assert not list(out.glob("runs/*/checkpoints"))
+
+    # A kill cut the last line off; the same command makes that run and the failed one again, no other.
+    lines = (out / "rows.jsonl").read_text()
+    (out / "rows.jsonl").write_text(lines[:-20])
+    jobs.made.clear()
+    make_runs(runs, out, 0.001, said.append)
+    assert jobs.made == ["recipe_fp32_dp_2_ranks_batch_8", "recipe_fp32_dp_2_ranks_batch_16"]
+    assert [row["ranks"] for row in read_rows(out)] == [1, 2]
+
+
+def test_a_cpu_is_measured_and_a_gpu_is_not_guessed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "launch", Jobs())
+    monkeypatch.setattr(sweep, "_measured_ceiling", lambda precision, threads: 0.002)
+    runs = planned(recipe, [], layouts=["dp"], ranks=[1])
+    for gpus, name in ((0, "cpu"), (8, "gpu")):
+        monkeypatch.setattr(sweep, "count_gpus", lambda gpus=gpus: gpus)
+        make_runs(runs, recipe.parent / name, None, lambda _: None)
+    (on_cpu,), (on_gpu,) = read_rows(recipe.parent / "cpu"), read_rows(recipe.parent / "gpu")
+    assert (on_cpu["peak_tflops"], on_cpu["peak_from"]) == (0.002, "torch.mm here, threads of a rank: 1")
+    assert (on_gpu["peak_tflops"], on_gpu["mfu"]) == (None, None)
+
+
+def row(ranks: int, batch: int, rate: float) -> dict[str, Any]:
+    shares = {"matmul": 0.4, "memory-bound": 0.3, "communication": 0.1, "data": 0.1, "idle": 0.1}
+    return {
+        "recipe": "r", "overrides": [], "size": "S", "precision": "bf16", "layout": "dp", "ranks": ranks,
+        "global_batch_size": batch, "samples_per_second": rate, "mfu": 0.4, "memory_gib": 2.0, "data_wait_share": 0.01,
+        "communication_share": 0.1, "trace_shares": shares,
+    }  # fmt: skip
+
+
+def test_tables_and_plot(tmp_path: Path) -> None:
+    rows = [row(1, 8, 10.0), row(4, 8, 30.0), row(2, 8, 16.0), row(2, 16, 19.0)]
+    lines = table_lines(rows)
+    assert "| S | bf16 | dp | 1 | 8 | 10 | 40.0 % | 2.00 | 1.0 % | 10.0 % |" in lines
+    strong, weak = lines.index("Strong scaling"), lines.index("Weak scaling")
+    assert [line.split(" | ")[4:] for line in lines[strong + 4 : weak - 1]] == [
+        ["1", "10", "1.00", "100 % |"], ["2", "16", "1.60", "80 % |"], ["4", "30", "3.00", "75 % |"],
+    ]  # fmt: skip
+    assert lines[-1] == "| S | bf16 | dp | 16 | 2 | 19 | 1.90 | 95 % |"
+    assert {strong_group(one) for one in rows[:3]} == {strong_group(rows[0])}
+    assert scaling_of(rows[:1])[0][1:] == (1.0, 1.0)
+    draw(rows, tmp_path / "sweep.svg")
+    assert (tmp_path / "sweep.svg").stat().st_size > 5000
