@@ -1,17 +1,16 @@
 """A recipe on a cluster: bytes of each pipeline stage and seconds of a step, put together from `formulae`. No torch."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from megaeva.config.fp8 import NAMES, Fp8Linear, features_on_rank, in_fp8
 from megaeva.config.phases import Phase, run_phases
-from megaeva.config.schema import AxesSection, Config, Fp8Section, ModelSection, TextSection, VisionSection
-from megaeva.config.topology import data_ranks, microbatches, num_kept, virtual_stages
+from megaeva.config.schema import AxesSection, Config, ModelSection, TextSection, VisionSection
+from megaeva.config.topology import data_ranks, microbatches, num_kept
 from megaeva.planning import formulae as f
-from megaeva.planning.formulae import Seconds, Work
+from megaeva.planning.formulae import Work
 from megaeva.planning.gpus import Gpu
+from megaeva.planning.tower import Tower
 
 PARTS = (
     "weights", "FP8 copies", "gradients", "optimizer", "teacher", "activations", "loss", "communication", "margin",
@@ -145,148 +144,6 @@ def plan(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = No
     return Plan(cfg, num_gpus, gpu, stages, steps)
 
 
-@dataclass(frozen=True)
-class _Tower:
-    """One tower of a step, and its work on a data rank."""
-
-    name: str
-    section: VisionSection | TextSection
-    axes: AxesSection
-    out_dim: int
-    out_rows: int  # tokens of a sequence that are projected
-    head_bias: bool
-    trained: bool
-    work: Work
-    microbatches: int
-    fp8: Fp8Section | None
-    extra_first: int = 0  # parameters: the mask token
-
-    @cached_property
-    def chunks(self) -> tuple[tuple[range, ...], ...]:
-        """Layers of each pipeline rank's chunks."""
-        stages = virtual_stages(self.axes, self.section.num_layers)
-        return tuple(stages[rank :: self.axes.pp] for rank in range(self.axes.pp))
-
-    @property
-    def one_pass(self) -> bool:
-        """As `schedule.Part.in_one_pass`."""
-        return self.microbatches == 1 and self.axes.pp == 1 and self.trained
-
-    @cached_property
-    def _fp8_names(self) -> list[tuple[Fp8Linear, ...]]:
-        """Of each layer the linears that multiply in FP8; empty where none does."""
-        return _names_in_fp8(self.section, self.axes.tp, self.fp8) if self.fp8 and self.trained else []
-
-    def kinds(self, layers: range) -> Sequence[tuple[tuple[Fp8Linear, ...], int]]:
-        """Layers counted by what of them is in FP8."""
-        if not self._fp8_names:
-            return [((), len(layers))]
-        return list(Counter(self._fp8_names[layers.start : layers.stop]).items())
-
-    def parameters(self, rank: int) -> int:
-        """On a rank of this pipeline rank."""
-        count = sum(map(len, self.chunks[rank])) * f.layer_parameters(self.section, self.axes.tp)
-        if rank == 0:
-            count += f.first_parameters(self.section, self.axes.tp) + self.extra_first
-        if rank == self.axes.pp - 1:
-            count += f.last_parameters(self.section, self.out_dim, self.head_bias)
-        return count
-
-    def fp8_bytes(self, rank: int) -> int:
-        """Of copies of weights."""
-        sizes = {name: i * o for name, (i, o) in features_on_rank(self.section, self.axes.tp).items()}
-        kinds = [kind for chunk in self.chunks[rank] for kind in self.kinds(chunk)]
-        return f.fp8_weight_bytes(sum(number * sizes[name] for names, number in kinds for name in names))
-
-    # ------------------------------------------------------------------------------------------------ activations
-
-    @cached_property
-    def _kept(self) -> dict[tuple[Fp8Linear, ...], int]:
-        """Bytes that a layer keeps, by what of it is in FP8."""
-        selective = self.axes.recompute == "selective"
-        kinds = self.kinds(range(self.section.num_layers))
-        return {kind: f.layer_kept_bytes(self.section, self.work, kind, selective) for kind, _ in kinds}
-
-    @cached_property
-    def kept(self) -> list[int]:
-        """Of each pipeline rank, for all its microbatches in flight at the most."""
-        return [self._kept_on(rank) for rank in range(self.axes.pp)]
-
-    def _kept_on(self, rank: int) -> int:
-        boundary = f.layer_input_bytes(self.section, self.work)
-        costs = []
-        for index, chunk in enumerate(self.chunks[rank]):
-            again = self._num_recomputed(chunk)
-            cost = again * boundary + sum(self._kept[kind] * number for kind, number in self.kinds(chunk[again:]))
-            if rank == 0 and index == 0:
-                cost += f.embedding_bytes(self.section, self.work)
-            last = rank == self.axes.pp - 1 and index == self.axes.vpp - 1
-            # The output for the next stage, or the last hidden states, of which the projected token is a view.
-            if not last or not (self.work.sequence_parallel or isinstance(self.section, TextSection)):
-                cost += boundary
-            costs.append(cost)
-        return f.warmup_depth(costs, self.axes.pp, rank, self.microbatches)
-
-    def backward_work(self, rank: int) -> int:
-        """Beside what is kept."""
-        again = max(self._kept.values()) if any(map(self._num_recomputed, self.chunks[rank])) else 0
-        return again + f.working_bytes(self.section, self.work, backward=True)
-
-    @property
-    def forward_work(self) -> int:
-        """Of a pass without gradients."""
-        edge = f.embedding_bytes(self.section, self.work) + f.layer_input_bytes(self.section, self.work)
-        return max(edge, f.working_bytes(self.section, self.work, backward=False))
-
-    def _num_recomputed(self, chunk: range) -> int:
-        mode = self.axes.recompute
-        return len(chunk) if mode == "full" else 0 if isinstance(mode, str) else min(mode, len(chunk))
-
-    @property
-    def rows(self) -> int:
-        """Sequences of the data rank in a step."""
-        return self.work.sequences * self.microbatches
-
-    # ------------------------------------------------------------------------------------------------------ seconds
-
-    def stage_seconds(self, gpu: Gpu) -> tuple[Seconds, Seconds, Seconds]:
-        """(forward, backward, computed again) of a microbatch on the pipeline rank that takes longest."""
-        overlap = self.axes.tp_comm_overlap
-        kinds = self.kinds(range(self.section.num_layers))
-        of_kind = {kind: f.layer_seconds(self.section, self.work, gpu, kind, overlap) for kind, _ in kinds}
-        ranks = [self._rank_seconds(rank, gpu, of_kind) for rank in range(self.axes.pp)]
-        return max(ranks, key=lambda times: sum(part.total for part in times))
-
-    def _rank_seconds(
-        self, rank: int, gpu: Gpu, of_kind: dict[tuple[Fp8Linear, ...], tuple[Seconds, Seconds]]
-    ) -> tuple[Seconds, Seconds, Seconds]:
-        forward = backward = again = Seconds()
-        for chunk in self.chunks[rank]:
-            recomputed = self._num_recomputed(chunk)
-            for kind, number in self.kinds(chunk):
-                there, back = of_kind[kind]
-                forward, backward = forward + there * number, backward + back * number
-                if self.axes.recompute == "selective":
-                    again = again + Seconds(attention=there.attention) * number
-            for kind, number in self.kinds(chunk[:recomputed]):
-                again = again + of_kind[kind][0] * number
-        ends = 0.0
-        if rank == 0:
-            ends += f.first_flops(self.section)
-        if rank == self.axes.pp - 1:
-            ends += f.last_flops(self.section, self.out_dim, self.out_rows)
-        if ends:
-            one = f.ends_seconds(gpu, ends * self.work.sequences, self.work.precision, self.section.hidden_size)
-            forward, backward = forward + one, backward + one * 2
-        return forward, backward, again
-
-
-@lru_cache(maxsize=64)
-def _names_in_fp8(section: VisionSection | TextSection, tp: int, fp8: Fp8Section) -> list[tuple[Fp8Linear, ...]]:
-    layers = range(section.num_layers)
-    return [tuple(name for name in NAMES if in_fp8(section, tp, fp8, layer, name)) for layer in layers]
-
-
 class _Step:
     """A step of one phase."""
 
@@ -334,7 +191,7 @@ class _Step:
         out_dim: int,
         tokens: int,
         trained: bool,
-    ) -> _Tower:
+    ) -> Tower:
         cfg = self.cfg
         frames = cfg.data.frames if name == "vision" else 1
         size, passes = microbatches(cfg, axes, self.num_gpus, frames)
@@ -342,13 +199,13 @@ class _Step:
         precision = cfg.train.precision if trained else cfg.train.parameter_precision
         work = Work(tokens, size * frames, axes.tp, sp, precision, self.gpu.transformer_engine)
         bias = isinstance(section, VisionSection) and section.head_bias
-        return _Tower(name, section, axes, out_dim, 1, bias, trained, work, passes, cfg.train.fp8_in_use)
+        return Tower(name, section, axes, out_dim, 1, bias, trained, work, passes, cfg.train.fp8_in_use)
 
     @property
-    def _trained(self) -> list[_Tower]:
+    def _trained(self) -> list[Tower]:
         return [tower for tower in (self.vision, self.text) if tower is not None and tower.trained]
 
-    def _shards(self, tower: _Tower) -> int:
+    def _shards(self, tower: Tower) -> int:
         return data_ranks(tower.axes, self.num_gpus) if self.cfg.parallel.distributed_optimizer else 1
 
     # -------------------------------------------------------------------------------------------------------- bytes
@@ -449,7 +306,7 @@ class _Step:
                     if axes.vpp == 1:
                         add("pipeline transfers", m * sent)
                     add("pipeline bubble", f.pipeline_seconds(stage, axes.pp, axes.vpp, m)[1])
-            executed += self._executed(tower, first)
+            executed += tower.executed_flops(first) * self._sequences(tower)
             hidden[tower.name] = (forward.total, backward.total + again.total)
         if self.contrastive:
             self._loss_seconds(add)
@@ -475,7 +332,7 @@ class _Step:
             add("everything else (fitted)", sum(parts.values()) * (self.gpu.slowdown - 1))
         return PhaseSeconds(self.phase, parts, self._model_flops(), executed)
 
-    def _stage_transfer(self, tower: _Tower) -> float:
+    def _stage_transfer(self, tower: Tower) -> float:
         """Of hidden states to the next stage, which is on another node when a node does not hold all stages."""
         axes, gpu = tower.axes, self.gpu
         port = gpu.link_gb_s if axes.tp * axes.pp <= gpu.gpus_per_node else gpu.network_gb_s
@@ -494,29 +351,14 @@ class _Step:
         whole = 2 * batch * embed * self.vision.work.number
         add("feature gather", f.collective_seconds(gpu, whole, self.num_gpus, gpu.gpus_per_node))
 
-    def _tower_flops(self, tower: _Tower) -> tuple[int, int]:
-        return f.tower_flops(tower.section, tower.work.tokens, tower.out_dim, tower.out_rows)
-
-    def _sequences(self, tower: _Tower) -> int:
+    def _sequences(self, tower: Tower) -> int:
         return self.cfg.train.global_batch_size * (self.cfg.data.frames if tower is self.vision else 1)
 
     def _model_flops(self) -> float:
         total = 0.0
         for tower in filter(None, (self.teacher, self.text, self.vision)):
-            total += self._tower_flops(tower)[tower.trained] * self._sequences(tower)
+            total += tower.flops[tower.trained] * self._sequences(tower)
         return total
-
-    def _executed(self, tower: _Tower, first: int) -> float:
-        once, both = self._tower_flops(tower)
-        linears, attention = f.layer_flops(tower.section, tower.work.tokens)
-        count = first * once
-        if tower.trained:
-            layers = [len(chunk) for chunks in tower.chunks for chunk in chunks]
-            again = sum(tower._num_recomputed(range(n)) for n in layers)
-            count += both + again * (linears + attention)
-            if tower.axes.recompute == "selective":
-                count += sum(layers) * attention
-        return float(count * self._sequences(tower))
 
 
 def stage_range(layers: Sequence[range]) -> str:

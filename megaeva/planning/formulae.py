@@ -148,10 +148,11 @@ def layer_kept_bytes(
     the linears' inputs and the norms', which are the branches' outputs (post-norm): 4 r w e either way, and the norms'
     moments. Of R rows, cut over t: qkv 3 w, attention's output w, its log-sum-exps; fc1's output g f; the activation's
     output f. An inner norm adds its output; cut over t it keeps an fp32 copy of its input in place of the input
-    (norm.py, _Sharded). Under `selective` attention runs again from qkv: with flash attention that drops the
-    log-sum-exps and rotated q and k, no more, since the next linear keeps the output. A linear in FP8 keeps its
-    input as 1 byte; nothing is saved where someone else keeps the same tensor in bf16. SwiGLU without an operator of
-    its own (on GPUs) keeps silu(gate) too; Transformer Engine's attention gets rotated copies of q and k.
+    (norm.py, _Sharded). Where sequence parallelism pads the sequence, proj keeps a padded copy of its input. Under
+    `selective` attention runs again from qkv: with flash attention that drops the log-sum-exps and rotated q and k, and
+    the output only where the next operator does not keep it. A linear in FP8 keeps its input as 1 byte; nothing is
+    saved where someone else keeps the same tensor in bf16. SwiGLU without an operator of its own (on GPUs) keeps
+    silu(gate) too; Transformer Engine's attention gets rotated copies of q and k.
     """
     w, f, gates, e = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number
     own, rows = work.own_rows, work.rows
@@ -163,7 +164,9 @@ def layer_kept_bytes(
 
     kept = 2 * own * (w * e + moments) + own * w * (linear("qkv") + linear("fc1"))
     inner = rows * w // work.tp  # numbers of attention's output
-    kept += inner * (3 * e + e)
+    kept += inner * 3 * e
+    if not (selective and vision and vision.sub_ln_attention and work.tp > 1):
+        kept += inner * e
     if not selective:
         kept += 4 * work.tokens * work.sequences * section.num_heads // work.tp
         if vision and vision.rope and work.transformer_engine:
@@ -171,7 +174,8 @@ def layer_kept_bytes(
     if vision and vision.sub_ln_attention:
         kept += _inner_norm(inner, rows, moments, work, e, input_kept=True) + inner * linear("proj")
     else:
-        kept += inner * linear("proj", 0)  # in bf16 it is attention's output
+        padded = work.rows > work.tokens * work.sequences
+        kept += inner * linear("proj", e if padded else 0)  # otherwise it is attention's output
     hidden = rows * f // work.tp
     kept += hidden * gates * e
     if gates == 2 and work.transformer_engine:

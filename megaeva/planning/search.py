@@ -1,5 +1,6 @@
 """`megaeva plan --search`: layouts that keep the rules of a recipe, by the days they take, and why others are none."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -65,7 +66,7 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
         family = Family(tp, pp)
         found.families.append(family)
         for candidate in _layouts(cfg, tp, pp, gpu):
-            fault = _refusal(candidate, num_gpus)
+            fault = _refusal(_with(candidate, "train", micro_batch_size=1), num_gpus)
             for micro in _micro_batches(candidate, num_gpus) if fault is None else ():
                 sized = _with(candidate, "train", micro_batch_size=micro)
                 found.tried += 1
@@ -79,7 +80,7 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
                 family.fits = True
                 plans.append(one)
             found.tried += fault is not None
-            family.refusal = fault or family.refusal
+            family.refusal = family.refusal or fault or ""
     found.best = _distinct(sorted(plans, key=lambda one: one.days))
     return found
 
@@ -165,23 +166,17 @@ def _updated(parallel: ParallelSection, name: str, values: dict[str, Any]) -> Pa
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def overrides(cfg: Config) -> list[str]:
-    """`key.path=value` that make the recipe this layout."""
-    vision, train = cfg.parallel.vision, cfg.train
-    second = "text" if cfg.task == "contrastive" else "teacher"
-    other = getattr(cfg.parallel, second)
+def overrides(cfg: Config, recipe: Config) -> list[str]:
+    """`key.path=value` that make of the recipe this layout of it."""
+    old, new = (_leaves(one.model_dump(include={"parallel", "train"})) for one in (recipe, cfg))
+    return [f"{key}={json.dumps(value)}".replace('"', "") for key, value in new.items() if value != old[key]]
 
-    def word(value: Any) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value)
 
-    keys = {
-        f"parallel.vision.{key}": getattr(vision, key) for key in ("tp", "sequence_parallel", "pp", "vpp", "recompute")
-    }
-    keys[f"parallel.{second}.tp"] = other.tp
-    if second == "text":
-        keys |= {f"parallel.text.{key}": getattr(other, key) for key in ("sequence_parallel", "recompute")}
-    keys |= {"train.micro_batch_size": train.micro_batch_size, "train.precision": train.precision}
-    return [f"{key}={word(value)}" for key, value in keys.items()]
+def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def search_lines(found: Search) -> list[str]:
@@ -206,8 +201,9 @@ def search_lines(found: Search) -> list[str]:
             )
         ]
         rows += [_row(place, one) for place, one in enumerate(found.best, 1)]
-        lines += ["", *columns(rows, right=(1, 2, 3, 4, 5, 6, 9, 10, 11, 12)), "", "the first, to paste:"]
-        lines += _wrapped(overrides(found.best[0].cfg))
+        lines += ["", *columns(rows, right=(1, 2, 3, 4, 5, 6, 9, 10, 11, 12)), ""]
+        changes = overrides(found.best[0].cfg, found.cfg)
+        lines += ["the first, to paste:", *_wrapped(changes)] if changes else ["the first is the recipe's own layout"]
     rejected = [family for family in found.families if not family.fits]
     if rejected:
         lines += ["", "not possible:", *_reasons(rejected, found.gpu)]
@@ -272,7 +268,7 @@ def _nothing_fits(found: Search) -> list[str]:
     return [
         f"Nothing fits: the least is {in_bytes(worst.total)} on {gpu.memory_gib:g} GiB, "
         f"{in_bytes(worst.total - nearest.capacity)} too many, with:",
-        *_wrapped(overrides(nearest.cfg)),
+        *_wrapped(overrides(nearest.cfg, found.cfg)),
         f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}, or use a GPU with "
         f"{worst.total / GIB:.0f} GiB ({_larger(worst.total)}).",
     ]

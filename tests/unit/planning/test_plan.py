@@ -66,7 +66,7 @@ def test_the_published_run_of_18b_is_feasible(found: Search) -> None:
 
 def test_a_layout_that_was_found_is_a_recipe(found: Search) -> None:
     for one in found.best:
-        cfg = load(EVA_18B, overrides(one.cfg))
+        cfg = load(EVA_18B, overrides(one.cfg, found.cfg))
         check_world(cfg, 360)
         assert plan(cfg, 360, GPUS["a100-40"]).days == one.days
 
