@@ -65,11 +65,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for kind, style, group_of in (("strong", "o-", strong_group), ("weak", "s--", weak_group)):
         for group in _groups(rows, group_of):
             ranks = [row["ranks"] for row in group]
-            label = f"{'_'.join(map(str, _curve(group[0])[2:]))}, {kind}, batch {group[0]['global_batch_size']}"
+            label = f"{'_'.join(map(str, _curve(group[0])[2:]))}, {kind}, from batch {group[0]['global_batch_size']}"
             (line,) = left.plot(ranks, [row["samples_per_second"] for row in group], style, label=label)
             ideal = [group[0]["samples_per_second"] * number / ranks[0] for number in ranks]
             left.plot(ranks, ideal, ":", color=line.get_color(), linewidth=0.8)
     left.set(xlabel="ranks", ylabel="samples/s (dotted: ideal)", xscale="log", yscale="log")
+    numbers = sorted({row["ranks"] for row in rows})
+    left.set_xticks(numbers, map(str, numbers))
+    left.xaxis.set_minor_locator(pyplot.NullLocator())
     if left.lines:
         left.legend(fontsize=7)
     names = [
@@ -82,7 +85,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         begin = [start + width for start, width in zip(begin, widths, strict=True)]
     right.set_yticks(range(len(rows)), names, fontsize=7)
     right.set_xlabel("% of the traced steps, rank 0")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
