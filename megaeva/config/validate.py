@@ -316,12 +316,17 @@ def check_world(cfg: Config, world_size: int) -> None:
 
     Raises:
         ConfigError: the processes cannot be arranged, or the global batch cannot be dealt to them; it names the nearest
-            layouts that work.
+            layouts that work. A rank that is to be traced is none of them.
     """
     fault = world_fault(cfg, world_size)
     if fault is not None:
         layouts = nearest_layouts(cfg, world_size, fault, allowed=lambda changed: not problems(changed, RULES))
         raise ConfigError(f"{fault.text}; {describe_layouts(layouts, world_size)}.")
+    traced = cfg.train.profile.ranks if cfg.train.profile else ()
+    if traced != "all" and any(not 0 <= rank < world_size for rank in traced):
+        raise ConfigError(
+            f"train.profile.ranks={list(traced)} must be ranks of the run, 0 to {world_size - 1}; use those, or all."
+        )
 
 
 def check_teacher(cfg: Config, teacher: VisionSection) -> None:

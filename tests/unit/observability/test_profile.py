@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaeva.config import load
+from megaeva.config import check_world, load
 from megaeva.config.schema import ProfileSection
 from megaeva.data.synthetic import make_shards
 from megaeva.errors import ConfigError
@@ -107,6 +107,8 @@ def test_a_run_traces_its_window(tmp_path: Path) -> None:
     length = ["train.total_samples=24", "train.profile.num_steps=2"]
     with pytest.raises(ConfigError, match=r"must end within the 3 steps of the run.*use 1 or less"):
         load(recipe, [*length, "train.profile.first_step=2"])
+    with pytest.raises(ConfigError, match=r"train.profile.ranks=\[0, 2\] must be ranks of the run, 0 to 1"):
+        check_world(load(recipe, [*length, "train.profile.first_step=1", "train.profile.ranks=[0,2]"]), 2)
     cfg = load(recipe, [*length, "train.profile.first_step=1"])
     Trainer(cfg, runtime.start("cpu"), resume=False, recipe_changes=[]).fit()
     events = read_trace(tmp_path / "run/profile/rank_0_steps_1_2.json.gz")
