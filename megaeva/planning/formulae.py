@@ -198,11 +198,12 @@ def layer_input_bytes(section: VisionSection | TextSection, work: Work) -> int:
 
 def working_bytes(section: VisionSection | TextSection, work: Work, backward: bool) -> int:
     """The most that one layer holds beside what is kept: in a forward pass its largest linear's input and output; in a
-    backward pass the gradients of the MLP's two hidden tensors, of the branch and of the residual stream."""
-    f, gates, e = section.ffn_hidden_size, _gates(section), work.number
+    backward pass the gradients of the MLP's two hidden tensors, of the branch and of the residual stream, and of fc1's
+    weights, until they are in the fp32 buffer. Not held to a measurement."""
+    w, f, gates, e = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number
     hidden = work.rows * f // work.tp * (gates + 1) * e
-    stream = work.own_rows * section.hidden_size * e
-    return hidden + (3 if backward else 2) * stream
+    stream = work.own_rows * w * e
+    return hidden + (3 * stream + gates * f * w // work.tp * e if backward else 2 * stream)
 
 
 def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bool) -> int:
@@ -220,9 +221,19 @@ def embedding_bytes(section: VisionSection | TextSection, work: Work) -> int:
     if isinstance(section, TextSection):
         return extra + 8 * work.tokens * work.sequences
     extra += 3 * section.image_size**2 * work.sequences * work.number
-    if section.rope:  # cos and sin of each kept patch, shared by all layers
-        extra += 8 * work.tokens * work.sequences * (section.hidden_size // section.num_heads)
+    if section.rope:  # cos and sin, shared by all layers; of each image's own patches where some are dropped
+        copies = work.sequences if work.tokens < section.num_patches + 1 else 1
+        extra += 8 * work.tokens * copies * (section.hidden_size // section.num_heads)
     return extra + section.ln_pre * work.own_rows * (section.hidden_size * work.number + 8)
+
+
+def ending_bytes(section: VisionSection | TextSection, work: Work) -> int:
+    """Above the last layer: the inputs of the final norm and of the head, one token of each sequence. Of cls the norm
+    keeps a view of all last hidden states, under sequence parallelism of one token of each rank."""
+    token = work.sequences * section.hidden_size * work.number
+    if isinstance(section, TextSection):
+        return 2 * token
+    return token + (work.tp * token if work.sequence_parallel else layer_input_bytes(section, work))
 
 
 def warmup_depth(costs: Sequence[int], pp: int, rank: int, microbatches: int) -> int:

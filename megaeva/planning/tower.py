@@ -89,9 +89,8 @@ class Tower:
             if rank == 0 and index == 0:
                 cost += f.embedding_bytes(self.section, self.work)
             last = rank == self.axes.pp - 1 and index == self.axes.vpp - 1
-            # The output for the next stage, or the last hidden states, of which the projected token is a view.
-            if not last or not (self.work.sequence_parallel or isinstance(self.section, TextSection)):
-                cost += boundary
+            # Or the output for the next stage, which mcore's schedules keep.
+            cost += f.ending_bytes(self.section, self.work) if last else boundary
             costs.append(cost)
         return f.warmup_depth(costs, self.axes.pp, rank, self.microbatches)
 
