@@ -89,19 +89,25 @@ def _features(cfg: Config) -> Iterator[Problem]:
     if fp8 is None:
         return
     multiple = MULTIPLE[fp8.recipe]
+    odd: dict[Fp8Linear, list[str]] = {}
+    smaller_tp = True
     for tower, section, tp in _towers(cfg):
-        numbers = range(section.num_layers)
+        whole = features_on_rank(section, 1)
         for name, features in features_on_rank(section, tp).items():
-            odd = [number for number in features if number % multiple]
-            if odd and any(in_fp8(section, tp, fp8, number, name) for number in numbers):
-                rest = ", ".join(other for other in fp8.linears if other != name)
-                yield Problem(
-                    "train.fp8.linears",
-                    f"must leave out {name} of the {tower} tower: FP8 with recipe={fp8.recipe} needs features in "
-                    f"multiples of {multiple}, {name} has {' and '.join(map(str, odd))} on a rank "
-                    f"(parallel.{tower}.tp={tp})",
-                    f"set train.fp8.linears=[{rest}], or another tp" if rest else "set train.precision=bf16",
-                )
+            numbers = [number for number in features if number % multiple]
+            if numbers and any(in_fp8(section, tp, fp8, layer, name) for layer in range(section.num_layers)):
+                has = " and ".join(map(str, numbers))
+                odd.setdefault(name, []).append(f"{name} of {tower} has {has} (parallel.{tower}.tp={tp})")
+                smaller_tp &= not any(number % multiple for number in whole[name])
+    if odd:
+        rest = ", ".join(name for name in fp8.linears if name not in odd)
+        yield Problem(
+            "train.fp8.linears",
+            f"must leave out {' and '.join(odd)}: FP8 with recipe={fp8.recipe} needs features in multiples of "
+            f"{multiple}, and on a rank {', '.join(what for each in odd.values() for what in each)}",
+            (f"set train.fp8.linears=[{rest}]" if rest else "set train.precision=bf16")
+            + (", or a smaller tp" if smaller_tp else ""),
+        )
 
 
 def _options_of_the_recipe(cfg: Config) -> Iterator[Problem]:
