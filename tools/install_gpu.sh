@@ -97,10 +97,12 @@ if $dry_run || ! engine_imports >/dev/null 2>&1; then
   run "$venv/bin/python" -m pip uninstall --yes transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch
   pip_install --no-deps "transformer-engine==$TE_VERSION" "transformer-engine-cu$CUDA_MAJOR==$TE_VERSION"
   pip_install einops onnx onnxscript nvdlfw-inspect
-  site="$venv/lib/python3.11/site-packages"
+  # Whole paths, as pip builds in a folder of its own.
+  home=$(realpath -m "$venv")
+  site="$home/lib/python3.11/site-packages"
   # In this order: the wheels' headers lack crt/, the toolkit's lack NCCL and cuDNN.
   run env "CPATH=$CUDA_HOME/include:$site/nvidia/nccl/include:$site/nvidia/cudnn/include:$site/nvidia/cu13/include" \
-    "PATH=$(realpath -m "$venv")/bin:$PATH" "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
+    "PATH=$home/bin:$PATH" "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
     "transformer-engine-torch==$TE_VERSION"
 fi
 check "Transformer Engine $TE_VERSION imports" \

@@ -20,8 +20,8 @@ shift 2
 purelib() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 site=$(purelib "$base")
 
-# torch goes first: it loads libnccl.so.2 out of its wheels.
-# The line that the first error of an import ends in.
+# torch goes first in both: it loads libnccl.so.2 out of its wheels.
+# fault: the line that the error of an import ends in.
 fault() {
   "$te/bin/python" -c 'import torch, transformer_engine.pytorch' 2>&1 >/dev/null | tail -n 1
 }

@@ -34,6 +34,14 @@ def test_a_dry_run_prints_every_step_and_does_none(tmp_path: Path) -> None:
     assert all(piece in command for piece, command in zip(pieces, commands, strict=True))
 
 
+def test_headers_are_found_from_wherever_pip_compiles(tmp_path: Path) -> None:
+    done = run("--dry-run", "--venv", "some/venv", tools=tmp_path / "tools")
+    (line,) = (line for line in done.stdout.splitlines() if "CPATH=" in line)
+    folders = line.split("CPATH=")[1].split(" ")[0].split(":")
+    site = ROOT / "some/venv/lib/python3.11/site-packages"
+    assert folders == ["/nowhere/include", *(f"{site}/nvidia/{name}/include" for name in ("nccl", "cudnn", "cu13"))]
+
+
 def test_it_stops_at_the_first_thing_that_is_not_so(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     fake(tools, "nvidia-smi", "exit 9")
