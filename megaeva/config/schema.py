@@ -250,10 +250,10 @@ class OptimSection(Section):
     ema_decay: float | None = Field(
         None, gt=0.0, lt=1.0, description="of an average of the weights, kept and evaluated beside them; None: none"
     )
-    logit_scale_lr: float = 5e-4
+    logit_scale_lr: float = Field(5e-4, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: float = 1e-6
-    weight_decay: float = 0.05
+    epsilon: float = Field(1e-6, gt=0.0)
+    weight_decay: float = Field(0.05, ge=0.0)
     clip_grad_norm: float | None = Field(None, description="global norm over both towers; None: no clipping")
     warmup_steps: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="cosine ends at this share of the peak")
@@ -285,10 +285,16 @@ class Fp8Section(Section):
     )
 
 
+MAX_LOSS_SCALE = 2.0**32
+"""fp32 must hold it times the loss."""
+
+
 class Fp16Section(Section):
     """Dynamic loss scale of train.precision=fp16."""
 
-    initial_scale: float = Field(65536.0, ge=1.0, description="EVA-02's DeepSpeed setting, as the window")
+    initial_scale: float = Field(
+        65536.0, ge=1.0, le=MAX_LOSS_SCALE, description="EVA-02's DeepSpeed setting, as the window"
+    )
     growth_interval: int = Field(500, ge=1, description="steps without overflow after which the scale doubles")
     min_scale: float = Field(1.0, gt=0.0, description="an overflow at this scale stops the run")
 

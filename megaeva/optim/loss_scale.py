@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
-from megaeva.config.schema import Fp16Section
+from megaeva.config.schema import MAX_LOSS_SCALE, Fp16Section
 
 
 class LossScale(DynamicGradScaler):
@@ -22,8 +22,9 @@ class LossScale(DynamicGradScaler):
 
     def __init__(self, section: Fp16Section) -> None:
         super().__init__(section.initial_scale, section.min_scale, 2.0, 0.5, section.growth_interval, hysteresis=1)
-        self.min_value = section.min_scale
-        self.value = self.before = section.initial_scale
+        # As fp32 holds them, so that the smallest is known again.
+        self.min_value, self.value = self.min_scale.item(), self._scale.item()
+        self.before = self.value
         self.overflowed = False
 
     @property
@@ -37,6 +38,7 @@ class LossScale(DynamicGradScaler):
     def settle(self, overflowed: bool) -> None:
         """Set the scale of the next step; all ranks pass the same."""
         super().update(overflowed)
+        self._scale.clamp_(max=MAX_LOSS_SCALE)  # a run that trains only the logit scale never overflows
         self.before, self.value, self.overflowed = self.value, self._scale.item(), overflowed
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megaeva.config.schema import Fp16Section, SpikeGuardSection
+from megaeva.config.schema import MAX_LOSS_SCALE, Fp16Section, SpikeGuardSection
 from megaeva.optim.guard import StepGuard
 from megaeva.optim.loss_scale import LossScale
 from megaeva.parallel.runtime import Runtime
@@ -116,3 +116,25 @@ def test_an_overflow_is_no_spike_and_ends_the_run_at_the_smallest_scale(runtime:
     assert (resumed.value, resumed.overflowed) == (2.0, False)
     assert watched.figures() == {"skipped_steps": 2, "loss_scale": 4.0}
     assert step(4, float("inf")) == "stop"
+
+
+@pytest.mark.parametrize("min_scale", [0.1, 0.3])
+def test_the_smallest_scale_is_known_again_when_fp32_rounds_it(runtime: Runtime, min_scale: float) -> None:
+    """fp32 rounds 0.1 up: a scale of it is above 0.1, and the run would go on without an update for ever."""
+    scale = LossScale(Fp16Section(initial_scale=1.0, min_scale=min_scale))
+    watched = StepGuard(None, scale)
+    actions = []
+    for step in range(6):
+        scale.settle(True)
+        actions.append(watched.judge(step, 1.0, float("inf")).action)
+    assert actions[-1] == "stop"
+
+
+def test_the_scale_does_not_grow_beyond_what_fp32_holds(runtime: Runtime) -> None:
+    """From infinity no halving leads back."""
+    scale = LossScale(Fp16Section(growth_interval=1))
+    for _ in range(200):
+        scale.settle(False)
+    largest = scale.value
+    scale.settle(True)
+    assert scale.value == largest / 2 == MAX_LOSS_SCALE / 2
