@@ -108,7 +108,9 @@ def _first(layers: int, width: int, heads: int, tp: int, pp: int, gpus: int, bat
     return Gpt(layers, width, heads, 2048, 51_200, tp, pp, 1, gpus, batch, micro, True, False)
 
 
-# Korthikanti et al. 2022 (arXiv 2205.05198), table 5: A100-80, sequence parallelism, attention alone recomputed.
+# Korthikanti et al. 2022 (arXiv 2205.05198), table 5 and abstract (2240 GPUs; a batch of 2240 is assumed): A100-80,
+# sequence parallelism, attention alone recomputed; and whole layers without it. Shapes, and the tables of both papers,
+# are from memory; the abstract and NeMo's page were read.
 def _second(layers: int, width: int, heads: int, pp: int, vpp: int, gpus: int, batch: int, micro: int) -> Gpt:
     return Gpt(layers, width, heads, 2048, 51_200, 8, pp, vpp, gpus, batch, micro, False, True)
 
@@ -131,6 +133,8 @@ _SECOND = {
     "22B, 8": (41.5, _second(48, 6144, 64, 1, 1, 8, 4, 4)),
     "175B, 64": (51.4, _second(96, 12288, 96, 8, 3, 64, 64, 1)),
     "530B, 280": (56.0, _second(105, 20480, 128, 35, 3, 280, 280, 1)),
+    "530B, 2240": (54.2, _second(105, 20480, 128, 35, 3, 2240, 2240, 1)),
+    "530B, 2240, recomputed": (42.1, Gpt(105, 20480, 128, 2048, 51_200, 8, 35, 3, 2240, 2240, 1, True, False)),
 }
 _FITTED = ("18.4B, 256", 96)  # what the slowdown of A100 and of H100 in gpus.py was fitted to
 

@@ -14,7 +14,7 @@ from megaeva.config.validate import RULES, problems
 from megaeva.config.world import world_fault
 from megaeva.planning.estimate import Plan, plan
 from megaeva.planning.formulae import GIB
-from megaeva.planning.gpus import Gpu, Precision
+from megaeva.planning.gpus import GPUS, Gpu, Precision
 from megaeva.planning.table import columns, in_bytes
 
 _NUM_SHOWN = 5
@@ -49,6 +49,7 @@ class Search:
     cfg: Config
     num_gpus: int
     gpu: Gpu
+    teacher: ModelSection | None = None
     best: list[Plan] = field(default_factory=list)
     families: list[Family] = field(default_factory=list)
     tried: int = 0
@@ -60,7 +61,7 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
     tp stays within a node; sequence parallelism goes with it. Global batch and samples are the recipe's. Of the sizes
     of a micro batch, powers of two times the smallest and all at once are tried, growing until one does not fit.
     """
-    found = Search(cfg, num_gpus, gpu)
+    found = Search(cfg, num_gpus, gpu, teacher)
     plans: list[Plan] = []
     for tp, pp in product(_tp_choices(vision_tp_choices(cfg), gpu), _pp_choices(cfg, num_gpus)):
         family = Family(tp, pp)
@@ -181,7 +182,8 @@ def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def search_lines(found: Search) -> list[str]:
     """The best layouts, the overrides of the first, and why families of layouts are not among them."""
-    lines = [f"{found.tried:,} layouts of {found.num_gpus} x {found.gpu.name} ({found.gpu.memory_gib:g} GiB)"]
+    head = f"{found.tried:,} layouts of {found.num_gpus} x {found.gpu.name} ({found.gpu.memory_gib:g} GiB)"
+    lines = [head] if found.best else [*_nothing_fits(found), "", head]
     if found.best:
         rows: list[tuple[str, ...]] = [
             (
@@ -207,8 +209,6 @@ def search_lines(found: Search) -> list[str]:
     rejected = [family for family in found.families if not family.fits]
     if rejected:
         lines += ["", "not possible:", *_reasons(rejected, found.gpu)]
-    if not found.best:
-        lines += ["", *_nothing_fits(found)]
     return lines
 
 
@@ -260,22 +260,25 @@ def _nothing_fits(found: Search) -> list[str]:
     nearest = min(planned, key=lambda one: one.worst.total)
     worst, gpu = nearest.worst, found.gpu
     part = max(worst.parts, key=lambda name: worst.parts[name])
-    more = {
-        "optimizer": "more GPUs share the optimizer's state",
-        "gradients": "larger tp or pp cuts gradients, so does a node with more GPUs",
-        "weights": "larger tp or pp cuts weights",
-    }.get(part, "a smaller image, a higher patch dropout or a smaller batch takes less")
+    enough = (
+        number
+        for number in (found.num_gpus * factor for factor in (2, 4, 8, 16))
+        if _refusal(nearest.cfg, number) is None and plan(nearest.cfg, number, gpu, found.teacher).fits
+    )
+    number = next(enough, None)
+    more = (
+        f"it fits on {number} GPUs, which share the optimizer's state" if number else "more GPUs alone do not mend it"
+    )
     return [
         f"Nothing fits: the least is {in_bytes(worst.total)} on {gpu.memory_gib:g} GiB, "
         f"{in_bytes(worst.total - nearest.capacity)} too many, with:",
         *_wrapped(overrides(nearest.cfg, found.cfg)),
-        f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}, or use a GPU with "
-        f"{worst.total / GIB:.0f} GiB ({_larger(worst.total)}).",
+        f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}. On {found.num_gpus} GPUs of "
+        f"{worst.total / GIB:.0f} GiB it would fit ({_larger(worst.total)}).",
     ]
 
 
 def _larger(total: int) -> str:
-    from megaeva.planning.gpus import GPUS
 
     names = [name for name, gpu in GPUS.items() if gpu.memory_gib * GIB >= total]
     return f"--gpu {' or '.join(names)}" if names else "none of the known ones"
