@@ -4,6 +4,7 @@ OUT/rows.jsonl has one row a run; a run whose row is there is not made again. OU
 from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint.
 """
 
+import difflib
 import json
 import os
 import re
@@ -13,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megaeva.checkpoint.layout import FOLDER_NAME, read_model_section
 from megaeva.config import check_world, dump, load
-from megaeva.config.schema import Config, EvalSection, LaunchSection
+from megaeva.config.schema import AxesSection, Config, EvalSection, LaunchSection, TrainSection
+from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 from megaeva.loop.launch import StageFailedError, launch
 from megaeva.loop.node import count_gpus
@@ -30,6 +32,8 @@ Scaling = Literal["strong", "weak", "both"]
 _WARM_UP, _TRACED = 3, 2  # steps before those that are timed, and after them
 _TOKEN = re.compile(r"(dp|sp|zero|recompute|(?:tp|text|pp|vpp|mb)\d+)")
 _AGAIN = "run the same command again: it makes this run anew, and what is left."
+_PRECISIONS = get_args(TrainSection.model_fields["precision"].annotation)
+_UNDONE = ("tp", "pp", "vpp", "layers_per_stage", "sequence_parallel")
 _NOTHING_BESIDE = ("save.every_steps=null", "save.every_minutes=null", "optim.warmup_steps=0")
 
 
@@ -49,7 +53,7 @@ class Run:
 
 
 def layout_overrides(layout: str, cfg: Config) -> list[str]:
-    """A layout's keys.
+    """A layout's keys, which go on top of the recipe. What the recipe has along an axis is undone, not kept.
 
     Args:
         layout: words joined by "_": dp (all axes 1), tpN (both towers), textN (text tower), ppN, vppN, sp (sequence
@@ -60,6 +64,10 @@ def layout_overrides(layout: str, cfg: Config) -> list[str]:
     """
     towers = ["vision", "text"] if cfg.task == "contrastive" else ["vision"]
     found: dict[str, object] = {}
+    for tower, key in product(towers, _UNDONE):
+        default = AxesSection.model_fields[key].default
+        if getattr(getattr(cfg.parallel, tower), key) != default:
+            found[f"parallel.{tower}.{key}"] = json.dumps(default)
     for word in layout.split("_"):
         if not _TOKEN.fullmatch(word):
             raise ConfigError(
@@ -107,9 +115,16 @@ def plan_runs(
         steps: that are timed.
 
     Raises:
-        ConfigError: the recipe itself, a layout's name, or not one combination is right.
+        ConfigError: the recipe itself, a name of a layout, size or precision, or not one combination is right.
     """
     base = load(recipe, overrides)
+    for size in sizes:
+        if size not in VARIANTS:
+            near = difflib.get_close_matches(size, VARIANTS, n=3) or VARIANTS
+            raise ConfigError(f"--sizes {size} must be a known variant; did you mean {' or '.join(near)}?")
+    for precision in precisions:
+        if precision not in _PRECISIONS:
+            raise ConfigError(f"--precisions {precision} must be {', '.join(_PRECISIONS)}; use some of them.")
     runs: list[Run] = []
     for size, precision, layout, number in product(
         sizes or [""], precisions or [base.train.precision], layouts, sorted(ranks)

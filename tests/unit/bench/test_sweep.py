@@ -41,6 +41,15 @@ def test_layouts_are_words(recipe: Path) -> None:
         "parallel.vision.sequence_parallel=true", "parallel.text.sequence_parallel=true",
         "parallel.distributed_optimizer=true", "parallel.vision.recompute=full", "parallel.text.recompute=full",
     ]  # fmt: skip
+    # The recipe's own axes do not hide behind a layout's name.
+    cut = load(recipe, ["parallel.vision.tp=2", "parallel.vision.sequence_parallel=true", "parallel.text.tp=2"])
+    assert layout_overrides("dp", cut) == [
+        "parallel.vision.tp=1", "parallel.vision.sequence_parallel=false", "parallel.text.tp=1",
+    ]  # fmt: skip
+    uneven = load(recipe, ["parallel.vision.pp=2", "parallel.vision.layers_per_stage=[1, 1]"])
+    assert layout_overrides("tp2", uneven) == [
+        "parallel.vision.pp=1", "parallel.vision.layers_per_stage=null", "parallel.vision.tp=2", "parallel.text.tp=2",
+    ]  # fmt: skip
     for wrong in ("tp", "dp2", "cp2", "tp2-pp2", ""):
         with pytest.raises(ConfigError, match="is no layout; its words must be"):
             layout_overrides(wrong, cfg)
@@ -63,6 +72,10 @@ def test_a_sweep_plans_what_fits_and_says_what_does_not(recipe: Path) -> None:
     assert [r.cfg.train.global_batch_size for r in planned(recipe, said, scaling="weak", layouts=["dp"])] == [8, 16]
     precise = planned(recipe, said, precisions=["fp32", "bf16"], layouts=["dp"], scaling="weak")
     assert [r.cfg.train.precision for r in precise] == ["fp32", "fp32", "bf16", "bf16"]
+    with pytest.raises(ConfigError, match=r"^--sizes EVA-CLIP-88 must be a known variant; did you mean EVA-CLIP-8B"):
+        planned(recipe, said, sizes=["EVA-CLIP-88"])
+    with pytest.raises(ConfigError, match=r"^--precisions fp7 must be fp32, bf16, fp16, fp8; use some of them"):
+        planned(recipe, said, precisions=["fp7"])
     with pytest.raises(ConfigError, match="no combination of --ranks 1 and --layouts tp2 fits"):
         planned(recipe, said, ranks=[1], layouts=["tp2"])
 
