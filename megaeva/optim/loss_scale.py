@@ -49,4 +49,6 @@ class LossScale(DynamicGradScaler):
         """Continue as the run that saved it."""
         self._scale.fill_(state_dict["scale"])
         self.value = self.before = state_dict["scale"]
-        self._growth_tracker, self.overflowed = state_dict["growth_tracker"], False
+        # mcore waits for equality, which a smaller growth_interval than that run's may have missed.
+        self._growth_tracker = min(state_dict["growth_tracker"], self.growth_interval - 1)
+        self.overflowed = False

@@ -138,3 +138,13 @@ def test_the_scale_does_not_grow_beyond_what_fp32_holds(runtime: Runtime) -> Non
     largest = scale.value
     scale.settle(True)
     assert scale.value == largest / 2 == MAX_LOSS_SCALE / 2
+
+
+def test_a_smaller_growth_interval_counts_in_a_resumed_run(runtime: Runtime) -> None:
+    """mcore doubles where the count equals the interval; beyond it the scale would stay until an overflow."""
+    before, resumed = LossScale(Fp16Section(growth_interval=100)), LossScale(Fp16Section(growth_interval=5))
+    for _ in range(50):
+        before.settle(False)
+    resumed.load_state_dict(before.state_dict())
+    resumed.settle(False)
+    assert resumed.value == 2 * before.value
