@@ -9,7 +9,7 @@ import torch
 
 from megaeva.config import load
 from megaeva.errors import ConfigError, UserError
-from megaeva.tasks.transfers import overlap_transfers
+from megaeva.tasks.transfers import overlap_transfers, training_shape
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "demo_clip.yaml"
@@ -37,3 +37,14 @@ def test_a_cpu_that_auto_finds_says_so() -> None:
     with pytest.raises(UserError, match="tp_comm_overlap=true needs GPUs"):
         overlap_transfers(load(RECIPE, [*ON, "platform=auto"]), runtime)
     overlap_transfers(load(RECIPE, ["platform=auto"]), runtime)
+
+
+def test_buffers_have_the_shape_of_most_steps() -> None:
+    sizes = ["platform=auto", *ON, "train.global_batch_size=64", "train.micro_batch_size=16"]
+    patches = load(RECIPE, sizes).model.vision.num_patches
+    whole, half = -(-(patches + 1) // 2) * 2, -(-(patches // 2 + 1) // 2) * 2
+    assert training_shape(load(RECIPE, sizes), 4) == (whole, 16)
+    assert training_shape(load(RECIPE, [*sizes, "data.frames=4"]), 4) == (whole, 16), "four videos of four images"
+    phases = "[{samples: 640, train: [a.tar]}, {samples: 6400, train: [a.tar], patch_dropout: 0.5}]"
+    cfg = load(RECIPE, [*sizes, "data.train=[]", f"data.phases={phases}", "train.total_samples=7040"])
+    assert training_shape(cfg, 4) == (half, 16)
