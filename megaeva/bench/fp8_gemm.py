@@ -6,7 +6,8 @@ two differ wherever a sum needs more bits, and this prints by how much.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,8 @@ class Comparison:
 def h100(a_MK: Quantised, b_KN: Quantised, *, fast: bool) -> Tensor:
     """The product in bf16 with an H100's bits.
 
+    The sum is in one piece, as mmaemu has it of all `SIZES` of which it knows what cuBLAS does (sums of 1,024 on).
+
     Args:
         fast: fast accumulation, as Transformer Engine's forward pass asks for; the gradients' does not.
 
@@ -67,20 +70,25 @@ def h100(a_MK: Quantised, b_KN: Quantised, *, fast: bool) -> Tensor:
     return out
 
 
-def compare(section: Fp8Section, rows: int, features: int, out_features: int, seed: int = 0) -> list[Comparison]:
-    """The three products of one linear, of normal values.
+def compare(
+    recipe: Literal["current", "delayed"], rows: int, features: int, out_features: int, seed: int = 0
+) -> list[Comparison]:
+    """The three products of one linear.
 
     Args:
-        section: recipe=current; delayed has the same products with another scale.
+        recipe: current: of normal values. delayed: of whole numbers up to 3, with the scales of one that it begins
+            with; their sums fit into the H100's 13 bits.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, scale: float) -> Tensor:
+    def values(*shape: int, scale: float) -> Tensor:
+        if recipe == "delayed":
+            return torch.randint(-3, 4, shape, generator=generator).bfloat16()
         return (torch.randn(shape, generator=generator) * scale).bfloat16()
 
-    x, weight = normal(rows, features, scale=1.0), normal(out_features, features, scale=features**-0.5)
-    gradient = normal(rows, out_features, scale=1e-3)
-    fp8 = EmulatedFp8(section)
+    x, weight = values(rows, features, scale=1.0), values(out_features, features, scale=features**-0.5)
+    gradient = values(rows, out_features, scale=1e-3)
+    fp8 = EmulatedFp8(Fp8Section(recipe=recipe))
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     out = fp8(*leaves, None)
     out.backward(gradient)
@@ -99,11 +107,13 @@ def compare(section: Fp8Section, rows: int, features: int, out_features: int, se
 
 
 def report() -> Iterator[str]:
-    """One line for each product of each of `SIZES`."""
-    for name, size in SIZES.items():
-        for c in compare(Fp8Section(recipe="current"), *size):
+    """One line for each product of whole numbers, then of each of `SIZES`."""
+    small = "Demo-Student fc1"
+    cases = [(f"{small}, whole", compare("delayed", *SIZES[small]))]
+    for name, comparisons in chain(cases, ((name, compare("current", *size)) for name, size in SIZES.items())):
+        for c in comparisons:
             yield (
-                f"{name:20} {c.name:15} sums of {c.length:5,}: bits equal {c.equal:7.2%}; largest difference "
+                f"{name:23} {c.name:15} sums of {c.length:5,}: bits equal {c.equal:7.2%}; largest difference "
                 f"{c.units:.2f} units in the last place of bf16 ({c.own_units:.0f} of outputs down to rms/100); "
                 f"error {c.error:.3f} of the H100's"
             )
