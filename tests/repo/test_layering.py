@@ -112,6 +112,14 @@ def parallel_state_uses(tree: ast.AST) -> list[int]:
     return lines
 
 
+def imports_transformer_engine(source: str) -> bool:
+    """Whether a file imports it, itself or by Megatron-core's classes on it."""
+    if "transformer_engine" not in source and "extensions" not in source:
+        return False
+    names = ("transformer_engine.", "megatron.core.extensions.")
+    return any(f"{module}.".startswith(names) for module, _ in imported_modules(ast.parse(source), ""))
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_imports_point_down(path: Path) -> None:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -138,6 +146,17 @@ def test_process_groups_are_passed_not_fetched(path: Path) -> None:
     if not _name(path).startswith("megaeva/parallel/"):
         lines = parallel_state_uses(_tree(path))
         assert not lines, f"{_name(path)}: parallel_state in lines {lines}; take a Grid as an argument"
+
+
+def test_transformer_engine_is_imported_in_one_place() -> None:
+    """What is broken or absent on most machines stays behind one door; the platform looks whether it opens."""
+    found = {_name(path) for path in [*SOURCES, *TOOLS] if imports_transformer_engine(path.read_text("utf-8"))}
+    assert found == {"megaeva/model/transformer_engine.py"}
+
+
+@pytest.mark.parametrize("source", ["import transformer_engine.pytorch as te", "from megatron.core import extensions"])
+def test_an_import_of_transformer_engine_is_seen(source: str) -> None:
+    assert imports_transformer_engine(source)
 
 
 def test_there_is_no_drawer_for_everything() -> None:
