@@ -58,8 +58,9 @@ class Search:
 def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = None) -> Search:
     """Every tp, pp, vpp, second tower's tp, micro batch, recompute and precision that makes sense, planned.
 
-    tp stays within a node; sequence parallelism goes with it. Global batch and samples are the recipe's. Of the sizes
-    of a micro batch, powers of two times the smallest and all at once are tried, growing until one does not fit.
+    tp stays within a node; sequence parallelism goes with it; the text tower's tp divides the vision tower's. Global
+    batch and samples are the recipe's. Sizes of a micro batch are the smallest and those nearest to 8, 16, ... 1024,
+    growing until one does not fit.
     """
     found = Search(cfg, num_gpus, gpu, teacher)
     plans: list[Plan] = []
@@ -71,7 +72,7 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
             for micro in _micro_batches(candidate, num_gpus) if fault is None else ():
                 sized = _with(candidate, "train", micro_batch_size=micro)
                 found.tried += 1
-                if fault := _refusal(sized, num_gpus):
+                if world_fault(sized, num_gpus) is not None:  # the other rules know no micro batch that divides
                     continue
                 one = plan(sized, num_gpus, gpu, teacher)
                 if family.nearest is None or one.worst.total < family.nearest.worst.total:
