@@ -22,6 +22,8 @@ class ColumnLinear(ColumnParallelLinear):
     """Linear whose output features are cut over tp. `stride` 2: the weight is a gated [w1; w2].
 
     With `fp8` it multiplies in emulated FP8 while it is in training mode; what goes between ranks is not quantised.
+    A bias from outside, and a row's on a single rank, is added before the product is rounded; Transformer Engine adds
+    it afterwards. Under sequence parallelism its blocks of rows begin anew with each rank's tokens, these do not.
     """
 
     def __init__(self, *args: Any, stride: int = 1, fp8: Fp8Section | None = None, **kwargs: Any) -> None:

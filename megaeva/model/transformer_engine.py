@@ -89,7 +89,7 @@ def check_chip(fp8: Fp8Section) -> None:
     if not supported:
         raise UserError(
             f"train.precision=fp8 with train.fp8.recipe={fp8.recipe} cannot run on {chip()}; {reason.rstrip('.')}; "
-            "use a recipe of this chip (8.9 and later: delayed, current; 9.0: blockwise; 10.0: mxfp8) or "
+            "use a recipe of this chip (delayed, current: 8.9 and later; blockwise: 9.0 and later; mxfp8: 10.x) or "
             "train.precision=bf16."
         )
 
