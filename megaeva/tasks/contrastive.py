@@ -138,7 +138,7 @@ class Contrastive:
         )
 
     def _vision_forward(self, part: Batch, hidden: Tensor | None, chunk: int) -> Tensor:
-        # Only the first stage looks at images, and only one microbatch of them is on the device at a time.
+        # Only the first stage looks at images. Of those decoded on the CPU one microbatch at a time is on the device.
         image_BCHW = part.image_BCHW.to(self.runtime.device, non_blocking=True) if hidden is None else None
         keep_BK = None if part.keep_BK is None else part.keep_BK.to(self.runtime.device, non_blocking=True)
         out: Tensor = self.vision.ddp(image_BCHW, keep_BK, hidden=hidden, chunk=chunk)
