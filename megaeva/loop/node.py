@@ -257,7 +257,12 @@ def main(argv: Sequence[str]) -> int:
     """The exit code of this node; see the head of this file."""
     dry_run = "--dry-run" in argv
     resume = "--resume" in argv or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    recipe, *overrides = (argument for argument in argv if argument not in ("--dry-run", "--resume"))
+    named = [argument for argument in argv if argument not in ("--dry-run", "--resume")]
+    if not named:
+        raise ConfigError(
+            "no RECIPE is given; a YAML file must be; usage: recipes/train.sh RECIPE [key.path=value ...]."
+        )
+    recipe, *overrides = named
     cfg = load(recipe, overrides)
     num_gpus = count_gpus()
     node = read_node(cfg, os.environ, num_gpus)

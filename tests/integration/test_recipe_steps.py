@@ -37,6 +37,7 @@ OF_CLIP = ("parallel.text.tp=1",)
 # In an order in which what a recipe starts from is there; files in weights/ are those that a reader downloads.
 RUNS: dict[str, tuple[str, ...]] = {
     "clip_eva02_e14plus": ("init.vision=null", "init.text=null"),
+    "mim_eva01_g14": ("teacher.checkpoint=runs/clip_eva02_e14plus",),
     "mim_eva02_b": ("teacher.checkpoint=runs/clip_eva02_e14plus",),
     "clip_eva02_b16": (
         "init.vision=runs/mim_eva02_b", "init.text=null", "model.vision.image_size=64", "model.vision.patch_size=16",
@@ -59,7 +60,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     make_shards(folder / "images", num_shards=1, samples_per_shard=12, image_size=40)
     (folder / "data").mkdir()
-    for name in ("merged-2b", "merged-2b-0.6b", "laion-coco-20m", "laion-2b", "imagenet-21k", "merged-38m"):
+    for name in (
+        "merged-2b",
+        "merged-2b-0.6b",
+        "laion-coco-20m",
+        "laion-2b",
+        "imagenet-21k",
+        "merged-30m",
+        "merged-38m",
+    ):
         (folder / "data" / name).symlink_to(folder / "images")
     (folder / "data" / "merged-video").mkdir()
     with tarfile.open(folder / "data" / "merged-video" / "0.tar", "w") as tar:

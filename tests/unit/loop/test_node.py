@@ -231,6 +231,11 @@ def test_an_old_run_is_refused_and_a_restart_resumes(
     assert "--resume" in capsys.readouterr().out
 
 
+def test_no_recipe_is_no_traceback() -> None:
+    with pytest.raises(ConfigError, match="no RECIPE is given"):
+        main(["--dry-run"])
+
+
 def test_a_dry_run_says_what_the_machine_lacks(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", str(recipe), "platform=cuda"]) == 0
     assert "would be refused on this machine: platform=cuda" in capsys.readouterr().out
