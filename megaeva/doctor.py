@@ -28,6 +28,7 @@ _ENGINE_PARTS = tuple(f"transformer-engine{part}" for part in ("", "-cu12", "-cu
 TRANSFORMER_ENGINE_FIX = "pip uninstall -y " + " ".join(_ENGINE_PARTS)
 _SMALL_DISK_GIB, _SMALL_MEMORY_GIB = 5.0, 4.0
 _PROBE_SECONDS = 120
+_CUDA = "import torch; print(torch.cuda.is_available())"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def check_driver(installation: Installation) -> Check:
             f"{driver}, but torch {version} is a CPU build",
             "pip install --force-reinstall torch",
         )
-    usable = installation.probe("import torch; print(torch.cuda.is_available())")
+    usable = installation.probe(_CUDA)
     if usable.worked and usable.text.endswith("False"):
         return Check(
             "CUDA driver", "warn", f"{driver}, but torch {version} cannot use it", "update the driver to torch's CUDA"
@@ -245,6 +246,8 @@ def check_transformer_engine(installation: Installation) -> Check:
     )
     probe = installation.probe(code)
     if probe.worked and probe.text == "absent":
+        if shutil.which("nvidia-smi") and installation.probe(_CUDA).text.endswith("True"):
+            return Check(name, "error", "not installed, and runs on the GPU here need it (or platform=cpu)", GPU_FIX)
         return Check(name, "ok", "not installed: local layers, as on CPU; on a GPU: " + GPU_FIX)
     if probe.worked and probe.text.startswith("leftover"):
         folder = probe.text.removeprefix("leftover ")

@@ -198,12 +198,25 @@ def test_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_driver(here).status == "ok"
 
 
-def test_a_driver_that_torch_cannot_use(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "bin"
+def driver(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools.mkdir()
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho 570.10\n", encoding="utf-8")
     (tools / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
+
+
+@pytest.mark.parametrize(("gpu", "status"), [(True, "error"), (False, "ok")])
+def test_a_gpu_needs_transformer_engine(
+    gpu: bool, status: str, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(tmp_path / "bin", monkeypatch)
+    fake(site, "torch", "2.14.1", module=f"torch=class cuda:\n    is_available = staticmethod(lambda: {gpu})\n")
+    check = doctor.check_transformer_engine(only(site))
+    assert check.status == status and "tools/install_gpu.sh" in check.found + check.fix
+
+
+def test_a_driver_that_torch_cannot_use(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(tmp_path / "bin", monkeypatch)
     source = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
     fake(site, "torch", "2.14.1", module=f"torch={source}")
     check = doctor.check_driver(only(site))
