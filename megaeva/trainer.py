@@ -148,7 +148,7 @@ class Trainer:
         self.saves.gate()
         watch.at("the optimizer's step")
         grad_norm = self.optimizer.prepare()
-        verdict = self.guard.judge(step, loss, grad_norm)
+        verdict = self.guard.judge(step, loss, grad_norm, self.loader.phase.key)
         figures = {"loss": loss, "grad_norm": grad_norm} | {f"lr/{tower}": rate for tower, rate in rates.items()}
         if verdict.action == "update":
             figures |= self.optimizer.update(grad_norm, measure=self._is_logged(step + 1))

@@ -302,7 +302,8 @@ class Fp16Section(Section):
 class SpikeGuardSection(Section):
     """What happens to a step whose loss or gradient norm stands out of the steps before it.
 
-    Until `window` steps are accepted nothing is a spike; from then on a loss or norm that is not finite is one.
+    Until `window` steps of a phase of the data are accepted nothing is a spike; from then on a loss or norm that is not
+    finite is one.
     Features of a contrastive step that are not finite have no loss: they stop the run as they do without a guard.
     """
 

@@ -30,8 +30,8 @@ class StepGuard:
     A spike is a loss more than (loss_ratio - 1) |m| above m, the median of the last `window` accepted losses
     (loss_ratio times it where losses are positive), or a gradient norm above grad_norm_ratio times the norms' median,
     or one of the two that is not finite. Until `window` steps are accepted there is none, and a number that is not
-    finite stops the run, as it does without a guard. An overflow of fp16 is neither: it skips a step, and stops the
-    run at the smallest scale.
+    finite stops the run, as it does without a guard. Each phase of the data has a median of its own: other data have
+    another loss. An overflow of fp16 is neither: it skips a step, and stops the run at the smallest scale.
 
     Attributes:
         num_skipped: steps of the run so far that made no update.
@@ -44,9 +44,18 @@ class StepGuard:
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
         self._num_spikes, self._last_spike = 0, -1
+        self._phase = ""
 
-    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on `step`, whose numbers count among the accepted ones if it is `update`."""
+    def judge(self, step: int, loss: float, grad_norm: float, phase: str = "") -> Verdict:
+        """The verdict on `step`, whose numbers count among the accepted ones if it is `update`.
+
+        Args:
+            phase: of the data, any name; in another one than before, the accepted steps are forgotten.
+        """
+        if phase != self._phase:
+            self._losses.clear()
+            self._norms.clear()
+            self._phase = phase
         verdict = self._verdict(step, loss, grad_norm)
         if verdict.action != "update":
             self.num_skipped += 1
@@ -69,6 +78,7 @@ class StepGuard:
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._norms),
+            "phase": self._phase,
             "num_spikes": self._num_spikes,
             "last_spike": self._last_spike,
             "num_skipped": self.num_skipped,
@@ -87,6 +97,7 @@ class StepGuard:
         if state is not None:
             self._losses = deque(state["losses"], self._losses.maxlen)
             self._norms = deque(state["grad_norms"], self._norms.maxlen)
+            self._phase = state.get("phase", "")
             if self._scale is not None and state["loss_scale"] is not None:
                 self._scale.load_state_dict(state["loss_scale"])
 

@@ -89,6 +89,22 @@ def test_steps_that_a_roll_back_repeats_are_no_quiet_window() -> None:
         assert watched.judge(40, 1e3, 1.0).action == ("stop" if attempt == 2 else "roll_back")
 
 
+def test_each_phase_of_the_data_has_its_own_median() -> None:
+    """Videos after images may have twice the loss; and a run that goes back stays in the phase of its data."""
+    watched = StepGuard(SpikeGuardSection(window=2, action="roll_back"))
+    for step in range(2):
+        assert watched.judge(step, 1.0, 1.0, "data.phases.0").action == "update"
+    saved = json.loads(json.dumps(watched.state_dict()))
+    for step in (2, 3):
+        assert watched.judge(step, 3.0, 1.0, "data.phases.1").action == "update"
+    assert watched.judge(4, 7.0, 1.0, "data.phases.1").action == "roll_back"
+    watched.go_back(saved)
+    assert watched.judge(2, 3.0, 1.0, "data.phases.1").action == "update"
+    resumed = StepGuard(SpikeGuardSection(window=2))
+    resumed.load_state_dict(saved)
+    assert resumed.judge(2, 3.0, 1.0, "data.phases.0").action == "skip"
+
+
 def test_it_continues_from_json() -> None:
     first = guard()
     first.judge(4, 1e3, 1.0)
