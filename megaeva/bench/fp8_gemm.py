@@ -4,6 +4,7 @@ An H100 sums FP8 products with 13 bits below the largest of 32 and cuts off the 
 two differ wherever a sum needs more bits, and this prints by how much.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -38,7 +39,7 @@ class Comparison:
         units: largest difference in units in the last place of an output, which is taken to be no smaller than the root
             mean square of all: a sum that cancels has tiny ones.
         own_units: the same of outputs down to a hundredth of that.
-        error: root mean square error against the exact sum, as a share of the H100's.
+        error: root mean square error against the exact sum, as a share of the H100's; NaN where neither has one.
     """
 
     name: str
@@ -112,10 +113,10 @@ def report() -> Iterator[str]:
     cases = [(f"{small}, whole", compare("delayed", *SIZES[small]))]
     for name, comparisons in chain(cases, ((name, compare("current", *size)) for name, size in SIZES.items())):
         for c in comparisons:
+            error = "both exact" if math.isnan(c.error) else f"error {c.error:.3f} of the H100's"
             yield (
                 f"{name:23} {c.name:15} sums of {c.length:5,}: bits equal {c.equal:7.2%}; largest difference "
-                f"{c.units:.2f} units in the last place of bf16 ({c.own_units:.0f} of outputs down to rms/100); "
-                f"error {c.error:.3f} of the H100's"
+                f"{c.units:.2f} units in the last place of bf16 ({c.own_units:.0f} of outputs down to rms/100); {error}"
             )
 
 
