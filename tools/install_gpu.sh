@@ -87,7 +87,7 @@ check "torch finds cuDNN" "pip install --force-reinstall nvidia-cudnn-cu$CUDA_MA
 
 step "megaeva, its CUDA kernels, and DALI"
 run env MEGAEVA_BUILD=cuda "$venv/bin/python" -m pip install --disable-pip-version-check --constraint .ci/constraints.txt \
-  --no-build-isolation --editable '.[demo,eval]'
+  --no-build-isolation --editable '.[demo,eval,video]'
 pip_install "nvidia-dali-cuda${CUDA_MAJOR}0"
 check "DALI imports" "pip install --force-reinstall nvidia-dali-cuda${CUDA_MAJOR}0" bin -c 'import nvidia.dali.fn'
 

@@ -347,6 +347,6 @@ def check_enough_shards(num_shards: int, rows: int, turns: int) -> None:
     """
     if num_shards < rows * turns:
         raise DataError(
-            f"data.train names {num_shards} shards; {rows} data ranks x {turns} workers (data.num_workers) "
+            f"the training data names {num_shards} shards; {rows} data ranks x {turns} workers (data.num_workers) "
             f"must have one each, {rows * turns} in all; write more, smaller shards, or lower data.num_workers"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from megaeva.config.phases import Phase, run_phases
 from megaeva.config.schema import Config
 from megaeva.data.batch import Batch
+from megaeva.data.builder import check_enough_shards
 from megaeva.data.loader import Loader
 from megaeva.data.shards import expand_shards
 from megaeva.errors import DataError
@@ -87,7 +88,8 @@ class PhasedLoader:
         """As of `Loader`. Phases that are over, or have not begun, may differ from those of the run that saved.
 
         Raises:
-            DataError: as of `Loader`; or the run was in a phase that the recipe has not.
+            DataError: as of `Loader`; or the run was in a phase that the recipe has not, or a phase to come has fewer
+                shards than the run has streams.
         """
         first = states[0]
         index = first.get("phase", 0)
@@ -98,6 +100,11 @@ class PhasedLoader:
             )
         current = self._open(self._phases[index].cfg)
         current.load_state_dicts(states)
+        for phase in self._phases[index + 1 :]:
+            try:
+                check_enough_shards(len(expand_shards(phase.cfg.data.train)), *current.streams)
+            except DataError as error:
+                raise DataError(f"{phase.key}: {error}") from error
         self.close()
         self._current, self._index, self._given = current, index, first["batches"]
         self._dropped = Counter()

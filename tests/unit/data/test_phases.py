@@ -134,6 +134,19 @@ def test_a_position_in_a_phase_that_is_gone_is_refused(folder: Path) -> None:
         open_loader(shorter).load_state_dicts([loader.state_dict()])
 
 
+def test_a_phase_to_come_with_too_few_shards_is_told_on_resuming(folder: Path) -> None:
+    cfg = recipe(folder)
+    states = []
+    for rank in range(2):
+        loader = open_loader(cfg, rank, 2)
+        next(loader)
+        states.append(loader.state_dict())
+    last = cfg.data.phases[2].model_copy(update={"train": (str(folder / "second" / "000000.tar"),)})
+    data = cfg.data.model_copy(update={"phases": (*cfg.data.phases[:2], last)})
+    with pytest.raises(DataError, match=r"^data\.phases\.2: .* names 1 shards; 2 data ranks"):
+        open_loader(cfg.model_copy(update={"data": data})).load_state_dicts(states)
+
+
 def test_the_look_before_a_run_goes_into_every_phase(folder: Path, tmp_path: Path) -> None:
     lines = preflight(recipe(folder), 1).splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
