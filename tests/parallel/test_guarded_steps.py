@@ -14,6 +14,7 @@ from torch import Tensor
 from megaeva.config.schema import AxesSection, Config
 from megaeva.data.batch import Batch
 from megaeva.data.synthetic import make_shards
+from megaeva.model.fp8 import fp8_linears
 from megaeva.observability.metrics import read_metrics
 from megaeva.optim.build import build_optimizer
 from megaeva.parallel import grid as grid_module
@@ -29,6 +30,8 @@ TP2 = AxesSection(tp=2)
 STEPS, SAVED_AT = 7, 4
 SPIKES = (3, 6)
 """Batches, counted from 0 over the whole run: before the first checkpoint and after it."""
+FP8 = {"rehearse": True, "linears": ["qkv", "proj"], "first_layers_bf16": 0, "last_layers_bf16": 0}
+"""recipe=delayed: its scales and histories go back as well."""
 MEASURED = ("wall_time", "samples_per_second", "data_wait_share", "memory_gib")
 
 
@@ -38,7 +41,7 @@ def recipe(folder: Path, name: str, *, asynchronous: bool = False, **train: Any)
         name,
         STEPS,
         model=model(vision_layers=1, text_layers=1),
-        optim={"vision": {"lr": 1e-3}, "clip_grad_norm": 1.0},
+        optim={"vision": {"lr": 1e-3}, "clip_grad_norm": 1.0, "ema_decay": 0.5},
         parallel={"vision": {"tp": 2}, "text": {"tp": 2}, "overlap_param_gather": True},
         save={"every_steps": SAVED_AT, "asynchronous": asynchronous},
         train={
@@ -46,6 +49,15 @@ def recipe(folder: Path, name: str, *, asynchronous: bool = False, **train: Any)
             "precision": "fp32",
         } | train,
     )  # fmt: skip
+
+
+def run_state(trainer: Trainer) -> list[Tensor]:
+    """The averages and what FP8 goes on with, as far as this rank holds them."""
+    towers = trainer.task.towers
+    averages = [held.state["ema"] for tower in towers for held in trainer.optimizer.held_state(tower.name)]
+    histories = [x for tower in towers for part in fp8_linears(tower.module) for x in part.run_state().values()]
+    assert averages and len(histories) == 8
+    return averages + histories
 
 
 class Died(Exception):
@@ -65,6 +77,7 @@ class Run:
         self.trainer = Trainer(cfg, runtime, resume=resume, recipe_changes=[])
         self.keys: list[list[str]] = []
         saved: dict[str, Tensor] = {}
+        saved_state: list[Tensor] = []
         step, task_step = self.trainer.step, self.trainer.task.step
 
         def watched(batch: Batch) -> dict[str, float]:
@@ -74,10 +87,12 @@ class Run:
             towers = self.trainer.task.towers
             if self.trainer.next_step == SAVED_AT and not saved:
                 saved.update(whole_weights(towers))
+                saved_state.extend(x.clone() for x in run_state(self.trainer))
             figures = step(batch)
             if not figures:
                 assert self.trainer.next_step == SAVED_AT
                 assert all(torch.equal(tensor, saved[name]) for name, tensor in whole_weights(towers).items())
+                assert all(map(torch.equal, run_state(self.trainer), saved_state))
             return figures
 
         def poisoned(*arguments: Any) -> Tensor:
@@ -142,9 +157,10 @@ def scenario(runtime: Runtime, folder: str) -> dict[str, Any]:
     fp16 = overflow_on_one_rank(runtime, recipe(root, "fp16", precision="fp16", fp16={"initial_scale": 256.0}))
 
     guard = {"action": "roll_back", "window": 3, "loss_ratio": 50.0, "grad_norm_ratio": None}
-    whole = Run(runtime, recipe(root, "whole", asynchronous=True, spike_guard=guard))
+    train: dict[str, Any] = {"precision": "fp8", "fp8": FP8, "spike_guard": guard}
+    whole = Run(runtime, recipe(root, "whole", asynchronous=True, **train))
     whole.trainer.fit()
-    cut = Run(runtime, recipe(root, "cut", spike_guard=guard), dies_at=SPIKES[1] + 2)
+    cut = Run(runtime, recipe(root, "cut", **train), dies_at=SPIKES[1] + 2)
     with pytest.raises(Died):
         cut.trainer.fit()
     again = Run(runtime, cut.trainer.cfg, resume=True, first=SPIKES[1] + 1)
@@ -153,6 +169,7 @@ def scenario(runtime: Runtime, folder: str) -> dict[str, Any]:
     expected = whole_weights(whole.trainer.task.towers)
     for name, tensor in whole_weights(again.trainer.task.towers).items():
         assert torch.equal(tensor, expected[name]), name
+    assert all(map(torch.equal, run_state(again.trainer), run_state(whole.trainer)))
     return {
         "measured": measured,
         "fp16": fp16,
