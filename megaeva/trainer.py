@@ -28,6 +28,7 @@ from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
+from megaeva.planning.compare import PlanComparison
 from megaeva.planning.rates import rate_lines
 from megaeva.planning.topology import topology_lines
 from megaeva.tasks import build_task
@@ -53,6 +54,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, runtime: Runtime, *, resume: bool, recipe_changes: list[str]) -> None:
         self.cfg, self.runtime = cfg, runtime
+        self.plan_comparison = PlanComparison(cfg, runtime)
         check_world(cfg, runtime.world_size)
         require_fp8(cfg.train.fp8_in_use, runtime.layer_spec)
         self.run_dir = Path(cfg.run_dir)
@@ -212,6 +214,7 @@ class Trainer:
 
     def log(self, figures: dict[str, float]) -> None:
         """Record the step's figures when they are due."""
+        self.plan_comparison.after_step(self.next_step, self.record)
         if self._is_logged(self.next_step):
             waited, memory = self.loader.wait_seconds, self.runtime.memory_gib()
             figures = figures | self.loader.figures | fp8_figures(self.task.towers)
