@@ -22,8 +22,7 @@ class ColumnLinear(ColumnParallelLinear):
     """Linear whose output features are cut over tp. `stride` 2: the weight is a gated [w1; w2].
 
     With `fp8` it multiplies in emulated FP8 while it is in training mode; what goes between ranks is not quantised.
-    A bias from outside, and a row's on a single rank, is added before the product is rounded; Transformer Engine adds
-    it afterwards. Under sequence parallelism its blocks of rows begin anew with each rank's tokens, these do not.
+    Under sequence parallelism Transformer Engine's blocks of rows begin anew with each rank's tokens, these do not.
     """
 
     def __init__(self, *args: Any, stride: int = 1, fp8: Fp8Section | None = None, **kwargs: Any) -> None:
@@ -38,9 +37,11 @@ class ColumnLinear(ColumnParallelLinear):
 
         Under sequence parallelism `input_` is this rank's tokens and the output has those of all.
         """
-        bias = self.bias if bias is None else bias
         if self.fp8 is not None and self.training:
-            return self.fp8(self._whole(input_), self.weight, bias)
+            # As Transformer Engine: its own bias within the product, one from outside after the product is rounded.
+            output = self.fp8(self._whole(input_), self.weight, self.bias)
+            return output if bias is None else output + bias
+        bias = self.bias if bias is None else bias
         if self._alone and not self.gradient_accumulation_fusion:
             # One addmm where mcore's autograd function multiplies, adds, and sums the bias gradient apart.
             return F.linear(input_, self.weight, bias)
@@ -78,13 +79,12 @@ class RowLinear(RowParallelLinear):
         return super().forward(input_)[0]
 
     def _in_fp8(self, input_: Tensor, fp8: EmulatedFp8) -> Tensor:
-        if self._alone:
-            return fp8(input_, self.weight, self.bias)
-        share = fp8(input_, self.weight, None)
+        out = fp8(input_, self.weight, None)
         if self.sequence_parallel:
-            out = reduce_scatter_to_sequence_parallel_region(share, group=self.tp_group)
-        else:
-            out = reduce_from_tensor_model_parallel_region(share, group=self.tp_group)
+            out = reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        elif not self._alone:
+            out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+        # After the product is rounded, on a single rank too: so does Transformer Engine.
         return out if self.bias is None else out + self.bias
 
 
