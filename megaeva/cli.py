@@ -591,6 +591,18 @@ def bench_sweep(
     )
 
 
+@bench_app.command("plan-check")
+@explained
+def bench_plan_check() -> None:
+    """Hold the planner's peak memory of a rank to ten small runs of as many layouts, on the CPU.
+
+    Exit code 1 if one is more than 5 % off.
+    """
+    from megaeva.bench.command import run_plan_check
+
+    raise typer.Exit(0 if run_plan_check() else 1)
+
+
 @bench_app.command("layouts")
 @explained
 def bench_layouts(

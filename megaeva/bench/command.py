@@ -258,6 +258,20 @@ def run_sweep(
     print("\n".join(lines))
 
 
+def run_plan_check() -> bool:
+    """Makes the runs, prints their rows for benchmarks/log.md. Returns whether the plans of all are within the limit.
+
+    Raises:
+        UserError: a rank failed.
+    """
+    from megaeva.bench import plan_check
+
+    figures = [plan_check.check(run) for run in plan_check.RUNS]
+    for line in plan_check.check_lines(figures):
+        print(line)
+    return plan_check.within_limit(figures)
+
+
 def find_model(name: str) -> ModelSection:
     """The published model of that name, upstream's or open_clip's.
 

@@ -198,12 +198,34 @@ def layer_input_bytes(section: VisionSection | TextSection, work: Work) -> int:
 
 def working_bytes(section: VisionSection | TextSection, work: Work, backward: bool) -> int:
     """The most that one layer holds beside what is kept: in a forward pass its largest linear's input and output; in a
-    backward pass the gradients of the MLP's two hidden tensors, of the branch and of the residual stream, and of fc1's
-    weights, until they are in the fp32 buffer. Not held to a measurement."""
+    backward pass, which begins with the MLP, the gradient of the residual stream and the most of these.
+
+    Let h be R f / t numbers. Autograd frees what an operator kept as soon as its backward is done, so:
+    fc2 has its input's gradient h and its weights' f w / t, before they are in the fp32 buffer. The activation has the
+    gradient of its output h in place of fc2's input, and of its input g h. fc1 has the latter in place of its output,
+    which the activation kept, its own input's gradient R w and its weights' g f w / t, and fc2's input is gone. An
+    inner norm keeps h more, which is gone when the activation begins; cut over t it keeps fp32, and computes in it: at
+    the end of norm.py's _Sharded.backward the gradient, its product with the weights, that of the input before and
+    after its scale are there, and in 16 bits the incoming and the outgoing one. QuickGELU's forward pass, of three
+    operators, has its input and what silu gives, beside what it keeps. What FP8 keeps in 1 byte is freed as e here.
+    """
     w, f, gates, e = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number
-    hidden = work.rows * f // work.tp * (gates + 1) * e
-    stream = work.own_rows * w * e
-    return hidden + (3 * stream + gates * f * w // work.tp * e if backward else 2 * stream)
+    numbers, weights = work.rows * f // work.tp, f * w // work.tp * e
+    hidden, stream = numbers * e, work.own_rows * w * e
+    if not backward:
+        return (gates + 1) * hidden + 2 * stream
+    inner = isinstance(section, VisionSection) and section.sub_ln_mlp
+    inner_kept = inner * (4 * numbers if work.tp > 1 else hidden)
+    moments = [
+        hidden + weights,
+        gates * hidden - inner_kept,
+        work.rows * w * e + gates * weights - hidden - inner_kept,
+    ]
+    if inner and work.tp > 1:
+        moments.append((12 if e == 4 else 16 + e) * numbers)
+    if section.activation == "quick_gelu":
+        moments.append(2 * hidden - stream)
+    return stream + max(moments)
 
 
 def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bool) -> int:

@@ -95,8 +95,10 @@ class Tower:
         return f.warmup_depth(costs, self.axes.pp, rank, self.microbatches)
 
     def backward_work(self, rank: int) -> int:
-        """Beside what is kept."""
-        again = max(self._kept.values()) if any(map(self._num_recomputed, self.chunks[rank])) else 0
+        """Beside what is kept. A layer that is recomputed is whole again for its backward pass; where its chunk's last
+        layers are not, what they kept, at least one layer's, has been freed by then."""
+        whole = any(chunk and self._num_recomputed(chunk) == len(chunk) for chunk in self.chunks[rank])
+        again = max(self._kept.values()) if whole else 0
         return again + f.working_bytes(self.section, self.work, backward=True)
 
     @property

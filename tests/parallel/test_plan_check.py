@@ -1,0 +1,23 @@
+"""`make plan-check` in small: the planner's peak of a rank is what its tensors take, to the limit that is promised."""
+
+from dataclasses import replace
+
+from megaeva.bench.plan_check import RUNS, Run, furthest, peak_bytes, within_limit
+from megaeva.parallel.runtime import Runtime
+from tests.helpers.spawn import run_ranks
+
+# With few rows, so that the state is most of it; all ten, larger: make plan-check.
+SMALL = [replace(run, layers=3, batch=8) for run in RUNS if run.ranks == 2 and run.micro_batch is None][:2]
+
+
+def peaks(this: Runtime, runs: list[Run]) -> list[int]:
+    return [peak_bytes(run, this) for run in runs]
+
+
+def test_the_peak_of_two_ranks() -> None:
+    ranks = run_ranks(peaks, 2, SMALL)
+    for number, run in enumerate(SMALL):
+        figure = furthest(run, [rank[number] for rank in ranks])
+        assert within_limit([figure]), figure
+        # A tower's layer forgotten, or one counted twice, is more.
+        assert not within_limit([furthest(replace(run, layers=4), [rank[number] for rank in ranks])])
