@@ -240,10 +240,16 @@ def plan_run(
     calibration: Annotated[
         bool, typer.Option("--calibration", help="Only print published runs beside what is predicted of them.")
     ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Build one rank's share here and run a microbatch of it.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Whose share, with --rehearse.")] = 0,
+    meta: Annotated[bool, typer.Option("--meta", help="Rehearse shapes only, without memory.")] = False,
 ) -> None:
     """Say what a recipe takes on a cluster: memory of each GPU, seconds of a step, days.
 
-    By formulae, see megaeva/planning/formulae.py; nothing is started.
+    By formulae, see megaeva/planning/formulae.py; nothing is started. --rehearse runs one rank's true share on this
+    machine's CPU, in a world of fake processes, and holds the formulae to it.
     """
     if calibration:
         from megaeva.planning.calibration import calibration_lines
@@ -254,6 +260,11 @@ def plan_run(
         raise ConfigError(
             "megaeva plan needs a recipe (or --calibration); e.g. megaeva plan recipes/clip_eva_18b.yaml."
         )
+    if rehearse:
+        from megaeva.planning.command import run_rehearsal
+
+        typer.echo("\n".join(run_rehearsal(recipe, overrides or [], gpus, rank, teacher_name=teacher, meta=meta)))
+        return
     from megaeva.planning.command import run_plan
 
     lines = run_plan(

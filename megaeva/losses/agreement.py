@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup
 
 from megaeva.errors import FeatureError
@@ -41,7 +42,8 @@ def require_agreement(
 
     All ranks of the group call it; a rank whose arguments are wrong sends their description as well, so that all ranks
     raise, with one text. Communication: 26 integers. Cost: one read of the features, and the host waits for the device,
-    since features of differing shapes must not be sent. Traced by torch.compile it does nothing: a NaN is the loss's.
+    since features of differing shapes must not be sent. Traced by torch.compile, and of tensors without values, it does
+    nothing: a NaN is the loss's.
 
     Args:
         call: what calls it, and so which of the tensors must be there (`_NEEDED`).
@@ -52,7 +54,7 @@ def require_agreement(
     Raises:
         FeatureError: a ValueError that names the fault, the rank, the argument and the first row.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(image_BE, FakeTensor):
         return
     tensors = [x for x in (image_BE, text_BE, log_scale) if isinstance(x, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")

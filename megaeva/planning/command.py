@@ -59,6 +59,28 @@ def run_plan(
     return lines
 
 
+def run_rehearsal(
+    recipe: Path,
+    overrides: list[str],
+    num_gpus: int,
+    rank: int,
+    *,
+    teacher_name: str | None = None,
+    meta: bool = False,
+) -> list[str]:
+    """Lines of `megaeva plan --rehearse`; imports torch.
+
+    Raises:
+        UserError: as `run_plan`; no such rank; or its share is larger than this machine's free memory.
+    """
+    cfg = load(recipe, overrides)
+    check_world(cfg, num_gpus)
+    teacher = _teacher(cfg, recipe, teacher_name)
+    from megaeva.planning.rehearse import rehearsal_lines, rehearse
+
+    return rehearsal_lines(rehearse(cfg, num_gpus, rank, teacher, meta=meta))
+
+
 def _teacher(cfg: Config, recipe: Path, name: str | None) -> ModelSection | None:
     """The teacher's towers: of the name, of the checkpoint if it is there, else of the recipe beside this one that
     makes it; None where none of these says it, and for a run without one."""

@@ -135,6 +135,23 @@ class Tower:
             again = self.section.num_layers * attention
         return forward_passes * once + both + again
 
+    def rank_flops(self, rank: int) -> int:
+        """Executed by a rank of this pipeline rank on a microbatch: forward, and if the tower is trained backward, with
+        what is recomputed. Padding of sequence parallelism counts in the linears."""
+        linears, attention = f.layer_flops(self.section, self.work.tokens)
+        layer = linears * self.work.rows // (self.work.tokens * self.work.sequences) + attention
+        products = 3 if self.trained else 1
+        total = products * sum(map(len, self.chunks[rank])) * layer
+        if self.trained:
+            again = sum(map(self._num_recomputed, self.chunks[rank])) * layer
+            total += sum(map(len, self.chunks[rank])) * attention if self.axes.recompute == "selective" else again
+        total //= self.axes.tp
+        if rank == 0:
+            total += (2 if self.trained else 1) * f.first_flops(self.section)
+        if rank == self.axes.pp - 1:
+            total += products * f.last_flops(self.section, self.out_dim, self.out_rows)
+        return total * self.work.sequences
+
     # ------------------------------------------------------------------------------------------------------ seconds
 
     def stage_seconds(self, gpu: Gpu) -> tuple[Seconds, Seconds, Seconds]:
