@@ -218,7 +218,8 @@ def _same_tensor(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def _gather_buffer() -> Any:
+def gather_buffer() -> Any:
+    """mcore's GlobalMemoryBuffer of this process: gathered sequences go through its one tensor of each dtype."""
     return importlib.import_module(_CORE + "utils").GlobalMemoryBuffer()
 
 
@@ -236,7 +237,7 @@ SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
     _CORE + "tensor_parallel.random:_get_cuda_rng_state": (_cpu_rng_state, "tracker state from the CPU generator"),
     _CORE + "tensor_parallel.random:_set_cuda_rng_state": (_set_cpu_rng_state, "tracker state to the CPU generator"),
     _CORE + "tensor_parallel.layers:get_global_memory_buffer": (
-        _gather_buffer,
+        gather_buffer,
         "buffer of gathered sequences, which mcore makes with the groups that nothing here uses",
     ),
     **{

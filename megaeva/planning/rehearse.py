@@ -33,7 +33,7 @@ from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
 from megaeva.ops import native_devices
 from megaeva.parallel.grid import build_grids
-from megaeva.parallel.platform import apply_cpu_shim
+from megaeva.parallel.platform import apply_cpu_shim, gather_buffer
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.wrap import Tower, reduce_gradients, wrap
 from megaeva.planning import formulae as f
@@ -370,13 +370,15 @@ def _fill(module: nn.Module) -> None:
 @contextmanager
 def _without_memory() -> Iterator[None]:
     """Tensors have shapes only. Megatron-core's generator states, which no layer here draws from, are left alone: it
-    would compare their values."""
-    tracker = get_cuda_rng_tracker()
+    would compare their values. Its buffer of gathered sequences is another one meanwhile: it outlives the mode."""
+    tracker, buffer = get_cuda_rng_tracker(), gather_buffer()
     tracker.fork = lambda *_: nullcontext()
+    kept, buffer.buffer = buffer.buffer, {}
     try:
         with FakeTensorMode():
             yield
     finally:
+        buffer.buffer = kept
         del tracker.fork
 
 
