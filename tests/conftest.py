@@ -1,6 +1,7 @@
 """What every test gets: one thread, and no GPU test without a GPU."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_job_left() -> Iterator[None]:
+    """Ends the torch.distributed job of this process that a module's tests began and left."""
+    yield
+    if "megaeva.parallel.runtime" in sys.modules:
+        sys.modules["megaeva.parallel.runtime"].stop()
 
 
 @pytest.fixture(scope="module")
