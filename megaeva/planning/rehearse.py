@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -371,6 +370,8 @@ def _fill(module: nn.Module) -> None:
 def _without_memory() -> Iterator[None]:
     """Tensors have shapes only. Megatron-core's generator states, which no layer here draws from, are left alone: it
     would compare their values. Its buffer of gathered sequences is another one meanwhile: it outlives the mode."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker  # at the top it would precede parallel.platform
+
     tracker, buffer = get_cuda_rng_tracker(), gather_buffer()
     tracker.fork = lambda *_: nullcontext()
     kept, buffer.buffer = buffer.buffer, {}
