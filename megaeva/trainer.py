@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megaeva.checkpoint.background import Saves
-from megaeva.checkpoint.store import CheckpointStore
+from megaeva.checkpoint.store import CheckpointStore, LoadedState
 from megaeva.config import dump
 from megaeva.config.fp8 import fp8_line
 from megaeva.config.schema import Config
@@ -267,16 +267,22 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
-        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
+        state = self._restore(checkpoint)
         self.loader.load_state_dicts(state.loader_states)
+        self.guard.load_state_dict(state.extra.get("guard"))
+        return state.step
+
+    def _restore(self, checkpoint: Path) -> LoadedState:
+        """Read weights and optimizer; `begun_anew` then says what the checkpoint lacks. All ranks call it."""
+        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
+        self.begun_anew = []
         if state.begun_anew:
             self.begun_anew.append(
                 f"FP8 scales and histories begin anew: the checkpoint lacks {state.begun_anew} of them"
             )
         if state.average_begins:
             self.begun_anew.append("the average of the weights begins as a copy of them: the checkpoint has none")
-        self.guard.load_state_dict(state.extra.get("guard"))
-        return state.step
+        return state
 
     def _is_logged(self, step: int) -> bool:
         return step % self.cfg.train.log_every_steps == 0 or step == self.cfg.train.total_steps
@@ -315,7 +321,9 @@ class Trainer:
         Data go on after the spike: samples between are not seen again, and phases of the data end so much earlier.
         """
         finish_parameter_gather(self.task.towers)
-        state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
+        state = self._restore(checkpoint)
+        for line in self.begun_anew:
+            self.record.say(line)
         self.guard.go_back(state.extra.get("guard"))
         self.next_step = state.step
         # With another place in the data it is another state, to be saved again in place of that checkpoint.

@@ -143,6 +143,17 @@ def read_model_section(path: str | Path) -> ModelSection:
         ) from error
 
 
+def read_model_section_if_there(path: str | Path) -> ModelSection | None:
+    """As `read_model_section`; None where nothing is yet: no folder, an empty one, a run before its first save."""
+    path = Path(path)
+    if is_run(path) or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        try:
+            find_checkpoint(path)
+        except CheckpointError:
+            return None
+    return read_model_section(path)
+
+
 def differing_keys(saved: Any, wanted: Any, path: str) -> list[str]:
     """One line a key whose values differ, e.g. `model.vision.hidden_size: checkpoint 96, recipe 192`.
 

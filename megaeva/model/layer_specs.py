@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,11 +19,10 @@ from megaeva.model.linear import ColumnLinear, RowLinear
 from megaeva.model.mlp import MLP, MLPSubmodules
 from megaeva.model.norm import Norm, ShardedNorm
 from megaeva.parallel.grid import Grid
-from megaeva.parallel.platform import require_transformer_engine
+from megaeva.parallel.platform import DTYPES, require_transformer_engine
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LayerSpec = Literal["local", "te"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from megaeva.optim.schedule import LearningRate
 from megaeva.optim.tower_optimizer import TowerOptimizers, init_state, main_state
 from megaeva.parallel.collectives import together
 from megaeva.parallel.grid import Grid
+from megaeva.parallel.platform import DTYPES
 from megaeva.parallel.wrap import Tower
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(towers: Sequence[Tower], cfg: Config) -> tuple[TowerOptimizers, LearningRate]:
@@ -71,7 +70,7 @@ def _mcore_config(cfg: Config) -> OptimizerConfig:
         lr=cfg.optim.vision.lr,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        params_dtype=_DTYPES[precision],
+        params_dtype=DTYPES[precision],
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         clip_grad=cfg.optim.clip_grad_norm or 0.0,
     )

@@ -104,6 +104,9 @@ if not torch.cuda.is_available():
 
 # ----------------------------------------------------------------------------------------------------------- device
 
+# Of parameters and activations, by train.parameter_precision.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def choose(platform: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """Returns the platform to run on: what was asked for, or for "auto" cuda where torch sees a GPU.

@@ -4,11 +4,11 @@ import difflib
 import json
 from pathlib import Path
 
-from megaeva.checkpoint.layout import is_run, read_model_section
+from megaeva.checkpoint.layout import read_model_section_if_there
 from megaeva.config import VARIANTS, check_world, load
 from megaeva.config.schema import Config, ModelSection
 from megaeva.config.validate import check_teacher
-from megaeva.errors import CheckpointError, ConfigError, UserError
+from megaeva.errors import ConfigError, UserError
 from megaeva.planning.estimate import plan
 from megaeva.planning.gpus import find_gpu
 from megaeva.planning.report import plan_json, plan_lines, write_plot
@@ -102,13 +102,8 @@ def _named(name: str) -> ModelSection:
 
 
 def _found(checkpoint: str, recipe: Path) -> ModelSection | None:
-    path = Path(checkpoint)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        try:
-            return read_model_section(path)
-        except CheckpointError:
-            if not is_run(path):
-                raise
+    if section := read_model_section_if_there(checkpoint):
+        return section
     for other in sorted(recipe.parent.glob("*.yaml")):
         if other != recipe and f"run_dir: {checkpoint}" in other.read_text(encoding="utf-8"):
             maker = load(other)

@@ -15,9 +15,8 @@ from megaeva.config.schema import TextSection, VisionSection
 from megaeva.planning.gpus import Gpu, Precision
 
 GIB = 1 << 30
-_KERNELS = (
-    20  # of a layer's forward pass: linears, norms, attention, activation, sums, casts; counted in layer.py's calls
-)
+# Of a layer's forward pass: linears, norms, attention, activation, sums, casts; counted in layer.py's calls.
+_KERNELS = 20
 _TILE_ROWS, _TILE_COLUMNS = 4096, 8192  # csrc/contrastive/contrastive_cuda_launch.cpp
 
 

@@ -24,7 +24,6 @@ from megaeva.errors import ConfigError, UserError
 from megaeva.losses.contrastive import clip_loss, sigmoid_loss
 from megaeva.losses.feature_distill import negative_cosine_share
 from megaeva.model.fp8 import fp8_step
-from megaeva.model.layer_specs import DTYPES
 from megaeva.model.mim_student import MIMStudent
 from megaeva.model.recompute import set_recompute
 from megaeva.model.sequence import gather_tokens
@@ -32,7 +31,7 @@ from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
 from megaeva.ops import native_devices
 from megaeva.parallel.grid import build_grids
-from megaeva.parallel.platform import apply_cpu_shim, gather_buffer
+from megaeva.parallel.platform import DTYPES, apply_cpu_shim, gather_buffer
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.wrap import Tower, reduce_gradients, wrap
 from megaeva.planning import formulae as f

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from megaeva.config.layout import text_tp_choices, vision_tp_choices
@@ -186,23 +186,11 @@ def search_lines(found: Search) -> list[str]:
     head = f"{found.tried:,} layouts of {found.num_gpus} x {found.gpu.name} ({found.gpu.memory_gib:g} GiB)"
     lines = [head] if found.best else [*_nothing_fits(found), "", head]
     if found.best:
-        rows: list[tuple[str, ...]] = [
-            (
-                "",
-                "tp",
-                "pp",
-                "vpp",
-                "dp",
-                "second tp",
-                "micro",
-                "recompute",
-                "precision",
-                "GiB",
-                "samples/s",
-                "MFU",
-                "days",
-            )
-        ]
+        titles = (
+            "", "tp", "pp", "vpp", "dp", "second tp", "micro", "recompute", "precision", "GiB", "samples/s",
+            "MFU", "days",
+        )  # fmt: skip
+        rows: list[tuple[str, ...]] = [titles]
         rows += [_row(place, one) for place, one in enumerate(found.best, 1)]
         lines += ["", *columns(rows, right=(1, 2, 3, 4, 5, 6, 9, 10, 11, 12)), ""]
         changes = overrides(found.best[0].cfg, found.cfg)
@@ -280,7 +268,6 @@ def _nothing_fits(found: Search) -> list[str]:
 
 
 def _larger(total: int) -> str:
-
     names = [name for name, gpu in GPUS.items() if gpu.memory_gib * GIB >= total]
     return f"--gpu {' or '.join(names)}" if names else "none of the known ones"
 
@@ -289,28 +276,17 @@ def remedies(one: Plan, teacher: ModelSection | None) -> list[str]:
     """What to do about a plan that does not fit: single changes that make it; nothing for one that does."""
     if one.fits:
         return []
-    axes, micro = one.cfg.parallel.vision, one.cfg.train.micro_batch_size
+
+    def fits(cfg: Config) -> bool:
+        return _refusal(cfg, one.num_gpus) is None and plan(cfg, one.num_gpus, one.gpu, teacher).fits
+
+    axes = one.cfg.parallel.vision
+    cuts: list[dict[str, Any]] = [
+        {"recompute": "full"}, {"tp": 2 * axes.tp, "sequence_parallel": True}, {"pp": 2 * axes.pp},
+    ]  # fmt: skip
+    layouts = (one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)}) for values in cuts)
     share, _ = microbatches(one.cfg, axes, one.num_gpus)
-    vision: list[dict[str, Any]] = [{"recompute": "full"}, {"tp": 2 * axes.tp, "sequence_parallel": True}]
-    changed = [
-        one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)})
-        for values in [*vision, {"pp": 2 * axes.pp}]
-    ]
-    words = [
-        "parallel.vision.recompute=full",
-        f"parallel.vision.tp={2 * axes.tp} parallel.vision.sequence_parallel=true",
-    ]
-    words.append(f"parallel.vision.pp={2 * axes.pp}")
-    for size in [size for size in reversed(divisors(share)) if size < share]:
-        changed.append(_with(one.cfg, "train", micro_batch_size=size))
-        words.append(f"train.micro_batch_size={size}")
-    ways: list[str] = []
-    for cfg, text in zip(changed, words, strict=True):
-        known = micro is not None and text.startswith("train.micro_batch_size") and ways[-1:] and "micro" in ways[-1]
-        if known or _refusal(cfg, one.num_gpus):
-            continue
-        if plan(cfg, one.num_gpus, one.gpu, teacher).fits:
-            ways.append(text)
-            if text.startswith("train."):
-                break
-    return [f"it would fit with: {way}" for way in ways] or ["no single change makes it fit; try --search"]
+    smaller = (_with(one.cfg, "train", micro_batch_size=size) for size in reversed(divisors(share)) if size < share)
+    ways = [*filter(fits, layouts), *islice(filter(fits, smaller), 1)]
+    lines = [f"it would fit with: {' '.join(overrides(cfg, one.cfg))}" for cfg in ways]
+    return lines or ["no single change makes it fit; try --search"]

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from megaeva.checkpoint.layout import find_checkpoint, is_run, read_model_section
+from megaeva.checkpoint.layout import read_model_section_if_there
 from megaeva.config.schema import AxesSection, Config, ModelSection
 from megaeva.config.topology import data_ranks, microbatches, sharing_ranks, step_axes, virtual_stages
 from megaeva.config.validate import check_teacher
-from megaeva.errors import CheckpointError
 from megaeva.model.clip_model import LogitScale
 from megaeva.model.mim_student import MIMStudent
 from megaeva.model.text_tower import TextTower
@@ -133,15 +132,12 @@ def spread_towers(cfg: Config) -> tuple[dict[str, Spread], list[str]]:
 def _teacher_section(cfg: Config) -> tuple[ModelSection | None, list[str]]:
     assert cfg.teacher is not None, "config.validate requires it for this task"
     path = Path(cfg.teacher.checkpoint)
-    if is_run(path) or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        try:
-            find_checkpoint(path)
-        except CheckpointError:
-            return None, [
-                f"not counted: the teacher, as {path} holds no checkpoint yet;",
-                f"             the student's lm_head is taken to be {cfg.model.embed_dim} wide",
-            ]
-    section = read_model_section(path)
+    section = read_model_section_if_there(path)
+    if section is None:
+        return None, [
+            f"not counted: the teacher, as {path} holds no checkpoint yet;",
+            f"             the student's lm_head is taken to be {cfg.model.embed_dim} wide",
+        ]
     check_teacher(cfg, section.vision)
     return section, []
 

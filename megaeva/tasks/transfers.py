@@ -4,7 +4,7 @@ from megaeva.config.phases import run_phases
 from megaeva.config.schema import Config
 from megaeva.config.topology import microbatches, num_kept
 from megaeva.errors import UserError
-from megaeva.model.layer_specs import DTYPES
+from megaeva.parallel.platform import DTYPES
 from megaeva.parallel.runtime import Runtime
 
 

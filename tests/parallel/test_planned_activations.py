@@ -12,14 +12,15 @@ import torch
 from megaeva.config.schema import AxesSection, ModelSection, TextSection, VisionSection
 from megaeva.config.variants import VARIANTS
 from megaeva.model.init import init_weights
-from megaeva.model.layer_specs import DTYPES
 from megaeva.model.recompute import set_recompute
 from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
 from megaeva.parallel.grid import build_grid
+from megaeva.parallel.platform import DTYPES
 from megaeva.parallel.runtime import Runtime
 from megaeva.planning.formulae import Work
 from megaeva.planning.tower import Tower
+from tests.helpers.kept_bytes import kept_bytes
 from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.exhaustive
@@ -45,36 +46,22 @@ def section(kind: str) -> VisionSection | TextSection:
     return vision.model_copy(update=_SIZES | {"image_size": 56, "patch_size": 14})
 
 
-def kept_bytes(kind: str, axes: AxesSection, precision: Any, runtime: Runtime) -> int:
-    """Of storages that the forward pass saves, parameters not counted."""
+def kept_by(kind: str, axes: AxesSection, precision: Any, runtime: Runtime) -> int:
+    """Of a tower's forward pass in this layout."""
     grid, part = build_grid(axes, runtime), section(kind)
     build: Any = VisionTower if isinstance(part, VisionSection) else TextTower
     tower = build(part, _EMBED, grid=grid, precision=precision)
     init_weights(tower, seed=0, task="contrastive", grid=grid)
     set_recompute(tower, axes.recompute)
     tower.train()
-    weights = {p.untyped_storage().data_ptr() for p in tower.parameters()}
-    seen: dict[int, int] = {}
-    held = []
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held.append(x)  # so that no storage takes the place of a freed one
-            seen[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        if isinstance(part, VisionSection):
-            tower(torch.zeros(_BATCH, 3, 56, 56, dtype=DTYPES[precision]))
-        else:
-            tower(torch.arange(20).expand(_BATCH, 20))  # the largest is the end
-    return sum(seen.values())
+    if isinstance(part, VisionSection):
+        return kept_bytes(tower, torch.zeros(_BATCH, 3, 56, 56, dtype=DTYPES[precision]))
+    return kept_bytes(tower, torch.arange(20).expand(_BATCH, 20))  # the largest is the end
 
 
 def measured(runtime: Runtime) -> dict[tuple[str, str, str], int]:
     cases = product(KINDS, LAYOUTS, ("fp32", "bf16"))
-    return {case: kept_bytes(case[0], AxesSection(**LAYOUTS[case[1]]), case[2], runtime) for case in cases}
+    return {case: kept_by(case[0], AxesSection(**LAYOUTS[case[1]]), case[2], runtime) for case in cases}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from megaeva.planning.estimate import plan
 from megaeva.planning.formulae import Work
 from megaeva.planning.gpus import GPUS
 from megaeva.planning.topology import holdings
+from tests.helpers.kept_bytes import kept_bytes
 from tests.helpers.tiny import single_grid
 
 # facts.md 1c: vision with its head, text.
@@ -115,20 +116,7 @@ def _kept_bytes(vision: VisionSection, recompute: Any) -> int:
     init_weights(tower, seed=0, task="contrastive", grid=single_grid())
     set_recompute(tower, recompute)
     tower.train()
-    weights = {p.untyped_storage().data_ptr() for p in tower.parameters()}
-    seen: dict[int, int] = {}
-    held = []
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held.append(x)  # so that no storage takes the place of a freed one
-            seen[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tower(torch.zeros(2, 3, 56, 56))
-    return sum(seen.values())
+    return kept_bytes(tower, torch.zeros(2, 3, 56, 56))
 
 
 LAYOUTS: tuple[dict[str, Any], ...] = (
