@@ -15,6 +15,9 @@ from pathlib import Path
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError, ConfigError, explain_end
 
+_AVERAGED = "ema/"
+"""Before a set's name: the figures are those of the averages of the weights."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes eval.json and predictions.json, prints the figures, returns the exit code. Every rank of a job calls it.
@@ -40,8 +43,11 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """The figures of `megaeva.eval.harness.evaluate`, also written to `<output>/eval.json`. All ranks call it.
 
+    Weights and their averages are measured one at a time: eval.json keeps what it says of the other.
+
     Args:
-        averaged: of the averages of the weights; sets are then called `ema/<set>`, as by the trainer.
+        averaged: of the averages of the weights; sets are then called `ema/<set>`, as by the trainer, and
+            predictions.json, whose examples are of the weights themselves, is not written.
 
     Raises:
         UserError: the folder is not of a contrastive run, names no set, cannot be read, or has no averages.
@@ -89,17 +95,36 @@ def evaluate_run(
             load_weights(weights, {name: (getattr(model, name), grids[name]) for name in ("vision", "text", "scale")})
         folder = output or home
         results = evaluate(
-            model, cfg, grid=grids["data"], device=runtime.device, predictions=folder / "predictions.json"
+            model,
+            cfg,
+            grid=grids["data"],
+            device=runtime.device,
+            predictions=None if averaged else folder / "predictions.json",
         )
         if averaged:
-            results = {f"ema/{name}": values for name, values in results.items()}
+            results = {f"{_AVERAGED}{name}": values for name, values in results.items()}
         if runtime.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            kept = _write_results(folder / "eval.json", results, averaged=averaged)
             print(format_results(results), flush=True)
+            if kept:
+                print(f"{folder / 'eval.json'} keeps, as measured before: {', '.join(kept)}", flush=True)
         return results
     finally:
         stop()
+
+
+def _write_results(path: Path, results: dict[str, dict[str, float]], *, averaged: bool) -> list[str]:
+    """Puts the figures in the place of those of the same weights; returns the names of the sets that stay."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # none yet, or one cut off half way
+        before = {}
+    kept = {name: values for name, values in before.items() if name.startswith(_AVERAGED) != averaged}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(kept | results if averaged else results | kept, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return list(kept)
 
 
 def eval_layout(cfg: Config, num_processes: int, overrides: Sequence[str]) -> list[str]:

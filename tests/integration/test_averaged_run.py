@@ -80,11 +80,31 @@ def test_both_are_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert list(found) == [HELDOUT, f"ema/{HELDOUT}"]
     measured = [line["step"] for line in read_metrics(home / "averaged") if f"ema/{HELDOUT}/mean_recall" in line]
     assert measured == [2, 4]
-    for flags, name in (([], HELDOUT), (["--ema"], f"ema/{HELDOUT}")):
-        output = home / "measured"
+    output = home / "measured"
+    for flags, name in ((["--ema"], f"ema/{HELDOUT}"), ([], HELDOUT)):
+        assert not (output / "predictions.json").exists()
         assert eval_run.main([str(home / "averaged"), "--output", str(output), *flags]) == 0
-        assert json.loads((output / "eval.json").read_text()) == {name: found[name]}
         assert name in capsys.readouterr().out
+    assert json.loads((output / "eval.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("before", "averaged", "after"),
+    [
+        ("{}", True, {"ema/a": 1}),
+        ('{"b": 2, "a": 3, "ema/b": 4}', True, {"b": 2, "a": 3, "ema/a": 1}),
+        ('{"b": 2, "a": 3, "ema/b": 4}', False, {"a": 1, "ema/b": 4}),
+        ('{"b": 2, "a', False, {"a": 1}),
+    ],
+)
+def test_figures_of_the_other_weights_stay(tmp_path: Path, before: str, averaged: bool, after: dict[str, int]) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(before)
+    results: Any = {"ema/a" if averaged else "a": 1}
+    kept = eval_run._write_results(path, results, averaged=averaged)
+    written = json.loads(path.read_text())
+    assert written == after and kept == [name for name in after if name not in results]
+    assert [*written] == [*after]
 
 
 def test_a_resumed_run_has_the_same_average(home: Path) -> None:
