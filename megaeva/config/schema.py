@@ -29,7 +29,7 @@ class VisionSection(Section):
     ffn_hidden_size: int = Field(gt=0)
     activation: Literal["gelu", "quick_gelu", "swiglu"] = Field(description="gelu is the exact erf form")
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = Field(1e-6, ge=1e-12, le=0.1)
     norm_position: Literal["pre", "post"] = Field(
         "pre", description="post: x + norm(f(x)), EVA's res-post-norm (E/14, 18B)"
     )
@@ -37,7 +37,7 @@ class VisionSection(Section):
     sub_ln_attention: bool = Field(False, description="norm between attention output and projection (inner_attn_ln)")
     sub_ln_mlp: bool = Field(False, description="norm before the second MLP projection (ffn_ln)")
     rope: bool = Field(False, description="2-D rotary embedding on q and k, cls token skipped")
-    rope_pretrain_grid: int = Field(16, description="grid the rotary angles are rescaled onto (pt_seq_len)")
+    rope_pretrain_grid: int = Field(16, gt=0, description="grid the rotary angles are rescaled onto (pt_seq_len)")
     patch_bias: bool = True
     ln_pre: bool = Field(False, description="norm after position embedding (OpenAI / open_clip towers)")
     head_bias: bool = False
@@ -58,23 +58,27 @@ class VisionSection(Section):
 class TextSection(Section):
     """A causal text tower: pre-LN LayerNorm, full qkv bias, EOT-argmax pooling."""
 
-    context_length: int = Field(77, gt=0, description="tokens, sot and eot included")
+    context_length: int = Field(77, ge=2, description="tokens, sot and eot included")
     vocab_size: int = Field(49408, gt=0)
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, ge=1e-12, le=0.1)
 
 
 class LogitScaleSection(Section):
     """Inverse temperature, kept as its logarithm, and for the sigmoid loss the bias of all logits."""
 
     init: float = Field(2.6592600369327783, description="ln(1/0.07); SigLIP starts at ln(10)")
-    bias: float | None = Field(None, description="of loss.name=sigmoid, where SigLIP starts at -10; None: no bias")
+    bias: float | None = Field(
+        None, ge=-1000.0, le=1000.0, description="of loss.name=sigmoid, where SigLIP starts at -10; None: no bias"
+    )
     trainable: bool = Field(True, description="of both")
-    max: float = Field(4.605170185988092, description="clamped to [0, max] after each step; ln(100)")
+    max: float = Field(
+        4.605170185988092, le=88.0, description="clamped to [0, max] after each step; ln(100); fp32 ends at exp(88.7)"
+    )
 
 
 class ModelSection(Section):
@@ -173,7 +177,7 @@ class DataSection(Section):
     )
     phases: tuple[PhaseSection, ...] = Field((), description="in place of `train`: one after the other")
     decoder: Literal["auto", "dali", "pillow"] = "auto"
-    num_workers: int = Field(0, ge=0, description="decoding processes on each rank; 0 decodes in the trainer")
+    num_workers: int = Field(0, ge=0, le=1024, description="decoding processes on each rank; 0 decodes in the trainer")
     shuffle_buffer: int = Field(2048, ge=1, description="samples, on each worker")
     augment: AugmentSection = AugmentSection()
     tokenizer_subset: str | None = Field(None, description="vocab.json that `megaeva data` wrote; None: all 49,408")
@@ -271,9 +275,11 @@ class Fp8Section(Section):
         "32 values (Blackwell); one for each 1x128 or 128x128 block (Hopper, Blackwell)",
     )
     format: Literal["hybrid", "e4m3"] = Field("hybrid", description="hybrid: E4M3 forward, E5M2 for gradients")
-    amax_history: int = Field(1024, ge=1, description="of recipe=delayed: optimizer steps that a scale looks back on")
+    amax_history: int = Field(
+        1024, ge=1, le=65536, description="of recipe=delayed: optimizer steps that a scale looks back on"
+    )
     amax_compute: Literal["max", "most_recent"] = Field("max", description="of recipe=delayed: which of them counts")
-    margin: int = Field(0, description="of recipe=delayed: scales are 2^margin smaller")
+    margin: int = Field(0, ge=0, le=16, description="of recipe=delayed: scales are 2^margin smaller")
     linears: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj", "fc1", "fc2")
     min_features: int = Field(
         0, ge=0, description="linears with fewer input or output features on a rank stay bf16; they gain nothing"
@@ -342,7 +348,7 @@ class TrainSection(Section):
     spike_guard: SpikeGuardSection | None = Field(None, description="None: every finite step counts")
     profile: ProfileSection | None = Field(None, description="None: no step is traced")
     log_every_steps: int = Field(10, ge=1)
-    timeout_minutes: float = Field(10.0, gt=0.0, description="a collective that waits longer ends the job")
+    timeout_minutes: float = Field(10.0, ge=0.01, le=43200.0, description="a collective that waits longer ends the job")
 
     @property
     def parameter_precision(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -400,7 +406,7 @@ class Config(Section):
 
     task: Literal["mim", "contrastive"]
     run_dir: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelSection
     teacher: TeacherSection | None = None
@@ -422,7 +428,7 @@ class LaunchSection(Section):
     """How a stage is started."""
 
     num_processes: int = Field(1, ge=1, description="torchrun --nproc-per-node")
-    threads_per_process: int | None = Field(None, description="OMP_NUM_THREADS")
+    threads_per_process: int | None = Field(None, ge=1, description="OMP_NUM_THREADS")
     extra_torchrun_args: tuple[str, ...] = Field((), description="e.g. --nnodes=45 --rdzv-endpoint=...")
 
 
@@ -455,7 +461,7 @@ class LoopConfig(Section):
     """A weak-to-strong chain."""
 
     run_dir: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     launch: LaunchSection = LaunchSection()
     teacher: TeacherStageSection
     rounds: tuple[RoundSection, ...]
