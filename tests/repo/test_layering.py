@@ -18,7 +18,7 @@ LEVELS: dict[str, int] = {
     for level, names in enumerate(
         [
             ("errors", "config", "ops"),
-            ("parallel", "observability", "data"),
+            ("parallel", "observability", "data", "options"),
             ("model", "losses", "optim", "checkpoint"),
             ("tasks", "eval", "planning", "doctor", "export"),
             ("trainer",),
