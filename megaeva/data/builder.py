@@ -17,7 +17,7 @@ from megaeva.data.decode import Decoder, EncodedImage
 from megaeva.data.decode_pillow import BrokenImage, open_image
 from megaeva.data.masking import block_mask, keep_indices
 from megaeva.data.shards import Cursor, RawSample, SampleStream, ShardReader, sample_rng
-from megaeva.data.tokenizer import Tokenizer
+from megaeva.data.tokenizer import Tokenizer, recipe_tokenizer
 from megaeva.data.transforms import Crop, train_crop
 from megaeva.data.video import MAX_VIDEO_FRAMES, EncodedVideo, VideoDecoder, open_video
 from megaeva.errors import DataError
@@ -217,8 +217,7 @@ def make_tools(spec: Spec, decoder: Decoder | VideoDecoder, num_processes: int) 
     cfg = spec.cfg
     tokens = None
     if cfg.task == "contrastive":
-        subset = cfg.data.tokenizer_subset
-        tokens = CaptionTokens(Tokenizer(cfg.model.text.context_length, None if subset is None else Path(subset)))
+        tokens = CaptionTokens(recipe_tokenizer(cfg))
     return Tools(decoder, ShardReader(spec.shards, MAX_CACHED_BYTES // num_processes), tokens)
 
 

@@ -8,6 +8,7 @@ from megaeva.config.schema import Config
 from megaeva.data.builder import check_enough_shards, describe_broken, open_sample, read_caption
 from megaeva.data.decode_pillow import BrokenImage
 from megaeva.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, RawSample, expand_shards, read_shard
+from megaeva.data.tokenizer import recipe_tokenizer
 from megaeva.errors import DataError
 
 _NUM_SAMPLES = 64
@@ -25,8 +26,11 @@ def preflight(cfg: Config, data_size: int | None) -> str:
 
     Raises:
         DataError: a shard is missing or empty, there are fewer than workers, or none of these samples can be used for
-            the task; then the counts by reason and the members found are named.
+            the task; then the counts by reason and the members found are named. Or the vocabulary is missing or not
+            that of the model.
     """
+    if _needs_caption(cfg):
+        recipe_tokenizer(cfg)
     lines: list[str] = []
     for phase in run_phases(cfg):
         if phase.title:

@@ -19,6 +19,7 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor
 
+from megaeva.config.schema import Config
 from megaeva.errors import DataError, UserError
 
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -146,6 +147,22 @@ class Tokenizer:
                 self._cache.clear()
             self._cache[word] = ids
         return ids
+
+
+def recipe_tokenizer(cfg: Config) -> Tokenizer:
+    """The tokenizer of a contrastive recipe.
+
+    Raises:
+        UserError: as `Tokenizer`, or the recipe's text tower has fewer embeddings than there are tokens.
+    """
+    subset = cfg.data.tokenizer_subset
+    tokenizer = Tokenizer(cfg.model.text.context_length, subset)
+    if tokenizer.vocab_size > cfg.model.text.vocab_size:
+        raise DataError(
+            f"tokenizer subset {subset} has {tokenizer.vocab_size} tokens, model.text.vocab_size="
+            f"{cfg.model.text.vocab_size} must be at least as many; raise it, or name the vocab.json that it was set for"
+        )
+    return tokenizer
 
 
 def build_subset(captions: Iterable[str]) -> dict[str, object]:

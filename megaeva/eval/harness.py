@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaeva.config.schema import Config, RetrievalSection, ZeroShotSection
-from megaeva.data.tokenizer import Tokenizer
+from megaeva.data.tokenizer import Tokenizer, recipe_tokenizer
 from megaeva.errors import DataError
 from megaeva.eval.features import Features, encode_set, encode_texts, gather_shares, recipe_batches
 from megaeva.eval.predictions import NUM_IMAGES, predict, write_predictions
@@ -43,10 +43,7 @@ def evaluate(
     model.eval()
     try:
         with together("reading data.tokenizer_subset"):
-            tokenizer = Tokenizer(
-                cfg.model.text.context_length,
-                subset=Path(cfg.data.tokenizer_subset) if cfg.data.tokenizer_subset else None,
-            )
+            tokenizer = recipe_tokenizer(cfg)
         results, examples = {}, {}
         for name, section in cfg.eval.retrieval.items():
             features = _encode(model, cfg, section, grid, device, tokenizer, NUM_IMAGES if predictions else 0)

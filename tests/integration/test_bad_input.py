@@ -4,6 +4,7 @@ A rank that dies, and what two ranks print of one mistake, need real processes; 
 """
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from PIL import Image
 
 from megaeva.checkpoint import torch_dist
 from megaeva.data.synthetic import make_shards
+from megaeva.data.tokenizer import build_subset
 from megaeva.train import main
 
 VISION = {
@@ -107,6 +109,30 @@ def test_recipe(recipe: Path, capfd: pytest.CaptureFixture[str], override: str, 
     message = fail(capfd, recipe, override)
     assert all(part in message for part in parts), message
     assert not (recipe.parent / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["vocab.json does not exist", "megaeva data emoji"]),
+        ('{"clip_ids": [1, 2', ["vocab.json cannot be read", "must be JSON"]),
+        (
+            json.dumps(build_subset(["a cat"])),
+            [" tokens, model.text.vocab_size=300 must be at least as many", "raise it"],
+        ),
+    ],
+    ids=["missing", "cut short", "larger than the model"],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_vocabulary(
+    recipe: Path, capfd: pytest.CaptureFixture[str], text: str | None, parts: list[str], workers: int
+) -> None:
+    path = recipe.parent / "vocab.json"
+    if text:
+        path.write_text(text)
+    overrides = ("model.text.vocab_size=300", f"data.num_workers={workers}")
+    message = fail(capfd, recipe, f"data.tokenizer_subset={path}", *overrides)
+    assert all(part in message for part in parts), message
 
 
 def test_recipe_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
