@@ -160,7 +160,7 @@ def recipe_tokenizer(cfg: Config) -> Tokenizer:
     if tokenizer.vocab_size > cfg.model.text.vocab_size:
         raise DataError(
             f"tokenizer subset {subset} has {tokenizer.vocab_size} tokens, model.text.vocab_size="
-            f"{cfg.model.text.vocab_size} must be at least as many; raise it, or name the vocab.json that it was set for"
+            f"{cfg.model.text.vocab_size} must be at least as many; raise it, or name the vocab.json it was set for"
         )
     return tokenizer
 
