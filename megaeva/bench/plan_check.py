@@ -8,6 +8,7 @@ planner counts a copy, are added where the run makes none, in fp32.
 """
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import tempfile
@@ -190,6 +191,8 @@ def peak_bytes(run: Run, this: Runtime) -> int:
     _count_in_all_threads()
     step = MegatronStep(cfg, this, own)
     step()
+    # What only the collector frees: towers of an earlier run in this process, which count until it comes by.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     peak = max(_counts(profiler.profiler.kineto_results.experimental_event_tree()))  # type: ignore[union-attr]
