@@ -70,6 +70,7 @@ class Trainer:
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.guard = StepGuard(cfg.train.spike_guard, self.optimizer.scale)
         self.begun_anew: list[str] = []
+        self.changed: tuple[str, ...] = ()
         self.next_step = self._load(newest) if newest else 0
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
         self.last_save_at = time.monotonic()
@@ -92,8 +93,9 @@ class Trainer:
                     world_size=runtime.world_size, shards=self.loader.shards, phases=self.loader.phases, starts=starts
                 )
                 self.record.write_json("manifest.json", made_with)
-        self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank, self.record.say)
-        resumed = [f"resuming step {self.next_step} from {newest}", *self.begun_anew] if newest else []
+        self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank)
+        changed = [f"changed since then: {line}" for line in self.changed]
+        resumed = [f"resuming step {self.next_step} from {newest}", *changed, *self.begun_anew] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         rates = rate_lines(cfg) if runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]
@@ -108,26 +110,33 @@ class Trainer:
         previous_handlers = {number: signal.signal(number, self._note_signal) for number in _SIGNALS}
         try:
             while self.next_step < self.cfg.train.total_steps:
-                self.profiler.at(self.next_step)
+                self.profiler.before_step(self.next_step)
                 batch, save, stop = self.next_batch()
+                if stop:
+                    self.profiler.end()
                 if save or stop:
                     self.save()
                 if stop:
                     self.saves.finish()
+                    self.profiler.write()
                     name = signal.Signals(stop).name
-                    self.record.say(f"{name}: step {self.next_step} is saved in {self.run_dir}; --resume continues")
+                    goes_on = "; --resume continues" if self.cfg.save.enabled else ""
+                    self.record.say(f"{name}: step {self.next_step} {self._kept()}{goes_on}")
                     return 128 + stop
-                if not (figures := self.step(batch)):
+                figures = self.step(batch)
+                self.profiler.after_step()
+                if not figures:
                     continue
                 self.log(figures)
                 every_steps = self.cfg.eval.every_steps
                 # `finish` measures the last step.
                 if every_steps and self.next_step % every_steps == 0 and self.next_step < self.cfg.train.total_steps:
                     self.evaluate()
-            self.profiler.close()
+            self.profiler.write()
             self.finish()
             return 0
         finally:
+            self.profiler.abandon()
             self.saves.close()
             self.loader.close()
             self.record.close()
@@ -188,11 +197,12 @@ class Trainer:
         return batch, bool(save), next((number for number, stop in zip(_SIGNALS, stops, strict=True) if stop), 0)
 
     def save(self) -> None:
-        """Begin a checkpoint that continues with the batch after the last finished step. All ranks call it.
+        """Begin a checkpoint that continues with the batch after the last finished step, unless the recipe wants none.
+        All ranks call it.
 
         One that is in flight is finished first, and this one before the next; without save.asynchronous, at once.
         """
-        if self.next_step > self.saves.begun:
+        if self.cfg.save.enabled and self.next_step > self.saves.begun:
             self.saves.finish()
             watch.at("saving")
             finish_parameter_gather(self.task.towers)
@@ -249,7 +259,7 @@ class Trainer:
             "dropped_samples": dict(sum(gather_objects(dropped), start=Counter[str]())),
         }
         self.record.write_json("finished.json", summary)
-        self.record.say(f"finished: step {self.next_step} is saved in {self.run_dir}")
+        self.record.say(f"finished: step {self.next_step} {self._kept()}")
 
     def _open_run_folder(self, resume: bool) -> Path | None:
         """Make the folder and write the resolved recipe; returns the checkpoint to continue from, on every rank."""
@@ -268,12 +278,13 @@ class Trainer:
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""
         state = self._restore(checkpoint)
+        self.changed = state.changed
         self.loader.load_state_dicts(state.loader_states)
         self.guard.load_state_dict(state.extra.get("guard"))
         return state.step
 
     def _restore(self, checkpoint: Path) -> LoadedState:
-        """Read weights and optimizer; `begun_anew` then says what the checkpoint lacks. All ranks call it."""
+        """Read weights and optimizer; `begun_anew` then says what it or the run lacks. All ranks call it."""
         state = self.store.load(checkpoint, self.task.towers, self.optimizer, config=self.cfg)
         self.begun_anew = []
         if state.begun_anew:
@@ -282,7 +293,12 @@ class Trainer:
             )
         if state.average_begins:
             self.begun_anew.append("the average of the weights begins as a copy of them: the checkpoint has none")
+        if state.average_ends:
+            self.begun_anew.append("the average of the weights is left behind: optim.ema_decay is not set any more")
         return state
+
+    def _kept(self) -> str:
+        return f"is saved in {self.run_dir}" if self.cfg.save.enabled else "is not saved (save.enabled=false)"
 
     def _is_logged(self, step: int) -> bool:
         return step % self.cfg.train.log_every_steps == 0 or step == self.cfg.train.total_steps

@@ -367,8 +367,11 @@ class TrainSection(Section):
 
 
 class SaveSection(Section):
-    """When checkpoints are written; the last step and SIGTERM always save."""
+    """When checkpoints are written; the last step and SIGTERM save, too."""
 
+    enabled: bool = Field(
+        True, description="False: the run leaves no checkpoint and cannot be resumed, e.g. a benchmark"
+    )
     every_steps: int | None = None
     every_minutes: float | None = 30.0
     keep: int = Field(2, ge=1)

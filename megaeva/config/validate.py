@@ -239,7 +239,8 @@ def _guarded(cfg: Config) -> Iterator[Problem]:
             f"must not exceed train.fp16.initial_scale={fp16.initial_scale:g}",
             "use a smaller one, e.g. 1",
         )
-    if guard and guard.action == "roll_back" and cfg.save.every_steps is None and cfg.save.every_minutes is None:
+    saves = cfg.save.enabled and (cfg.save.every_steps is not None or cfg.save.every_minutes is not None)
+    if guard and guard.action == "roll_back" and not saves:
         yield Problem(
             "train.spike_guard.action",
             "needs checkpoints to go back to, and none is saved on the way",
@@ -249,6 +250,8 @@ def _guarded(cfg: Config) -> Iterator[Problem]:
 
 def _profiled(cfg: Config) -> Iterator[Problem]:
     window, steps = cfg.train.profile, cfg.train.total_steps
+    if window and not window.ranks:
+        yield Problem("train.profile.ranks", "must name a rank", "use [0], or leave train.profile out to trace nothing")
     if window and window.first_step + window.num_steps > steps:
         yield Problem(
             "train.profile.first_step",

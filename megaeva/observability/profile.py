@@ -9,7 +9,9 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megaeva.config.schema import ProfileSection
+from megaeva.errors import DataError, explain_end
 
 WINDOW, DATA = "megaeva::window", "megaeva::data"  # ranges in the trace; the loader opens the second
 PARTS = ("matmul", "memory-bound", "communication", "data", "idle")
@@ -34,29 +37,28 @@ _HOST_OPERATION = re.compile(r"^(aten|megaeva)::")
 class StepProfiler:
     """Traces the steps of the window on the ranks that were asked for; elsewhere, and without a section, does nothing.
 
+    The first of these ranks tells of it.
+
     Args:
         section: `train.profile`.
         run_dir: `profile/` in it gets rank_R_steps_A_B.json.gz (chrome://tracing, Perfetto) and a table of the same
             name, .txt.
         rank: this process's.
-        say: prints for the reader of the terminal.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path, rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, section: ProfileSection | None, run_dir: Path, rank: int) -> None:
         traced = section is not None and (section.ranks == "all" or rank in section.ranks)
         self._section = section if traced else None
-        self._folder, self._rank, self._say = run_dir / "profile", rank, say
+        self._folder, self._rank = run_dir / "profile", rank
+        self._speaks = section is not None and rank == (0 if section.ranks == "all" else min(section.ranks))
         self._profile: Any = None
         self._window: Any = None
-        self._first = self._last = 0
+        self._first = self._steps = 0
 
-    def at(self, step: int) -> None:
-        """Call before each step's data are read: begins with the window and ends after it."""
-        if self._profile is not None:
-            if step >= self._last + 1:
-                self.close()
-        elif self._section is not None and step >= self._section.first_step:
-            self._first, self._last = step, step + self._section.num_steps - 1
+    def before_step(self, step: int) -> None:
+        """Begin the window with its first step; call before the step's data are read."""
+        if self._section is not None and self._profile is None and step >= self._section.first_step:
+            self._first = step
             activities = [ProfilerActivity.CPU]
             if ProfilerActivity.CUDA in torch.profiler.supported_activities():
                 activities.append(ProfilerActivity.CUDA)
@@ -65,26 +67,64 @@ class StepProfiler:
             self._window = record_function(WINDOW)
             self._window.__enter__()
 
-    def close(self) -> None:
-        """End the window if it is open, also before its last step, and write it; a second call does nothing."""
+    def after_step(self) -> None:
+        """End the window after its last step and write it."""
+        if self._window is not None:
+            self._steps += 1
+            if self._section is not None and self._steps == self._section.num_steps:
+                self.write()
+
+    def end(self) -> None:
+        """End the window if it is open, also before its last step."""
+        if self._window is not None:
+            self._window.__exit__(None, None, None)
+            self._window = None
+            self._profile.stop()
+
+    def write(self) -> None:
+        """End the window if it is open, and write what steps it has, once."""
+        self.end()
         if self._profile is None:
             return
-        self._window.__exit__(None, None, None)
-        self._profile.stop()
+        if not self._steps:
+            self.abandon()
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"rank_{self._rank}_steps_{self._first}_{self._last}.json.gz"
+        last = self._first + self._steps - 1
+        path = self._folder / f"rank_{self._rank}_steps_{self._first}_{last}.json.gz"
         self._profile.export_chrome_trace(str(path))
         self._profile = self._section = None
         table = share_table(read_trace(path))
         path.with_suffix("").with_suffix(".txt").write_text("\n".join(table) + "\n", encoding="utf-8")
-        for line in [f"trace of steps {self._first} to {self._last}: {path}", *table]:
-            self._say(line)
+        self._say("\n".join([f"trace of steps {self._first} to {last}: {path}", *table]))
+
+    def abandon(self) -> None:
+        """Say that there will be no trace if a window was begun and not written: an error ended the run in it."""
+        if self._profile is not None:
+            with suppress(Exception):  # of a device that is broken already; another error is under way
+                self.end()
+            self._profile = self._section = None
+            self._say(f"no trace: the run ended in step {self._first + self._steps}, within train.profile's window")
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            print(text, flush=True)
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The events of a trace file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return list(json.load(file)["traceEvents"])
+    """The events of a trace file.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return list(json.load(file)["traceEvents"])
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a trace ({type(error).__name__}: {error}); it must be a .json.gz that "
+            "train.profile wrote to its end; look into RUN/profile/."
+        ) from None
 
 
 def shares(events: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -95,12 +135,12 @@ def shares(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     operations of its own; and idle is Python between the operations, too.
 
     Raises:
-        ValueError: no window in the trace.
+        DataError: no window in the trace.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     window = next((event for event in complete if event["name"] == WINDOW), None)
     if window is None:
-        raise ValueError(f"the trace has no range {WINDOW}; it must be written by train.profile")
+        raise DataError(f"the trace has no range {WINDOW}; it must be of whole steps; make it with train.profile.")
     begin, end = float(window["ts"]), float(window["ts"]) + float(window["dur"])
     on_gpu = any(event.get("cat") == "kernel" for event in complete)
     order = ("matmul", "memory-bound", "communication", "data") if on_gpu else PARTS[3:4] + PARTS[:3]
@@ -150,6 +190,17 @@ def _part(event: dict[str, Any], on_gpu: bool) -> str | None:
     return "matmul" if _MATMUL.search(name) else "memory-bound"
 
 
+def main(paths: Sequence[str]) -> int:
+    """Prints the table of each trace; the exit code."""
+    if not paths:
+        raise DataError(
+            "no trace is given; files that train.profile wrote must be; "
+            "usage: python -m megaeva.observability.profile RUN/profile/rank_0_steps_10_12.json.gz ..."
+        )
+    for path in paths:
+        print("\n".join([path, *share_table(read_trace(Path(path)))]))
+    return 0
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print("\n".join([argument, *share_table(read_trace(Path(argument)))]))
+    sys.exit(explain_end(lambda: main(sys.argv[1:])))

@@ -132,6 +132,7 @@ BROKEN = [
      ["train.fp16.min_scale=8", "must not exceed train.fp16.initial_scale=4"]),
     (CLIP, ("train.spike_guard.action=roll_back", "save.every_minutes=null"),
      ["train.spike_guard.action=roll_back", "none is saved on the way", "or use skip"]),
+    (CLIP, ("train.spike_guard.action=roll_back", "save.enabled=false"), ["none is saved on the way"]),
     (MIM, ("mim=null",), ["mim (command line) is needed by task=mim"]),
     (MIM, ("teacher=null",), ["teacher (command line) is needed by task=mim"]),
     (MIM, ("init.text=x",), ["init.text=x", "no text tower"]),
