@@ -63,30 +63,34 @@ class Gpu(Section):
 
 # Peaks, bandwidths: NVIDIA's data sheets of A100, H100 and H200 SXM and HGX B200, dense. Memory: capacities in torch's
 # out-of-memory messages. Networks: DGX's, 8 x 200 Gbit/s (A100) and 8 x 400 Gbit/s.
-# slowdown: A100 fitted to Megatron's 18.4B on 256 GPUs, H100 to its 175B on 96 (calibration.py); H200 and B200 take
-# H100's. Hopper and Blackwell throttle under sustained products: their shares are lower, assumed.
-_HOPPER = {128: 0.05, 256: 0.12, 512: 0.26, 1024: 0.44, 2048: 0.58, 4096: 0.66, 8192: 0.68}
+# matmul_share: no more than ml-engineering's benchmark found of each GPU's best shape (Bekman: A100 0.86, H100 0.80).
+# Hopper and Blackwell throttle under sustained products, so theirs is lower: 720 of 989 TFLOP/s at a language model's
+# sizes (SemiAnalysis 2024, MI300X vs H100 vs H200); for smaller ones assumed. With 0.68 in place of that 0.73, and the
+# smaller ones as much less, the fit of H100 would ask for a slowdown below 1.
+# slowdown: A100 fitted to Megatron's 22B on 8 GPUs, H100 to NVIDIA's bf16 175B on 128 (calibration.py); H200 and B200
+# take H100's.
+_HOPPER = {128: 0.05, 256: 0.13, 512: 0.28, 1024: 0.47, 2048: 0.62, 4096: 0.71, 8192: 0.73}
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         Gpu(
-            name="a100-40", memory_gib=39.4, memory_gb_s=1555, link_gb_s=300, network_gb_s=25, slowdown=1.12,
+            name="a100-40", memory_gib=39.4, memory_gb_s=1555, link_gb_s=300, network_gb_s=25, slowdown=1.07,
             peak_tflops={"bf16": 312, "fp16": 312, "fp32": 19.5},
         ),
         Gpu(
-            name="a100-80", memory_gib=79.2, memory_gb_s=2039, link_gb_s=300, network_gb_s=25, slowdown=1.12,
+            name="a100-80", memory_gib=79.2, memory_gb_s=2039, link_gb_s=300, network_gb_s=25, slowdown=1.07,
             peak_tflops={"bf16": 312, "fp16": 312, "fp32": 19.5},
         ),
         Gpu(
-            name="h100-80", memory_gib=79.1, memory_gb_s=3350, link_gb_s=450, network_gb_s=50, slowdown=1.04,
+            name="h100-80", memory_gib=79.1, memory_gb_s=3350, link_gb_s=450, network_gb_s=50, slowdown=1.03,
             peak_tflops={"bf16": 989, "fp16": 989, "fp8": 1979, "fp32": 67}, matmul_share=_HOPPER,
         ),
         Gpu(
-            name="h200", memory_gib=139.7, memory_gb_s=4800, link_gb_s=450, network_gb_s=50, slowdown=1.04,
+            name="h200", memory_gib=139.7, memory_gb_s=4800, link_gb_s=450, network_gb_s=50, slowdown=1.03,
             peak_tflops={"bf16": 989, "fp16": 989, "fp8": 1979, "fp32": 67}, matmul_share=_HOPPER,
         ),
         Gpu(
-            name="b200", memory_gib=178.3, memory_gb_s=7700, link_gb_s=900, network_gb_s=50, slowdown=1.04,
+            name="b200", memory_gib=178.3, memory_gb_s=7700, link_gb_s=900, network_gb_s=50, slowdown=1.03,
             peak_tflops={"bf16": 2250, "fp16": 2250, "fp8": 4500, "fp32": 75}, matmul_share=_HOPPER,
         ),
     )
