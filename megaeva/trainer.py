@@ -26,6 +26,7 @@ from megaeva.optim.ema import averaged_weights, update_average
 from megaeva.optim.guard import StepGuard, Verdict
 from megaeva.parallel import watch
 from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
+from megaeva.parallel.platform import chip
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
 from megaeva.planning.compare import PlanComparison
@@ -90,7 +91,11 @@ class Trainer:
                 (self.run_dir / "finished.json").unlink(missing_ok=True)
                 dump(cfg, self.run_dir / "config.yaml")
                 made_with = manifest(
-                    world_size=runtime.world_size, shards=self.loader.shards, phases=self.loader.phases, starts=starts
+                    world_size=runtime.world_size,
+                    gpu=chip() if runtime.device.type == "cuda" else None,
+                    shards=self.loader.shards,
+                    phases=self.loader.phases,
+                    starts=starts,
                 )
                 self.record.write_json("manifest.json", made_with)
         self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank)

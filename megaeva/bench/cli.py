@@ -176,7 +176,7 @@ def bench_sweep(
     ] = "both",
     steps: Annotated[int, typer.Option(min=1, help="That are timed, of each run.")] = 8,
     peak_tflops: Annotated[
-        float | None, typer.Option(help="Of one rank, for MFU.", show_default="torch.mm's on a CPU; none on a GPU")
+        float | None, typer.Option(help="Of one rank, for MFU.", show_default="a known GPU's; torch.mm's of a CPU")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where rows.jsonl, tables.md, sweep.svg and runs/ go.")] = Path(
         "runs/sweep"
@@ -184,14 +184,15 @@ def bench_sweep(
 ) -> None:
     """Time a few steps of a recipe in every layout, size, precision and number of ranks.
 
-    The same command again continues where it stopped, and another one adds its rows.
+    The same command again continues where it stopped, and another one adds its rows. Exit code 1 if a run failed. In a
+    Slurm allocation of several nodes each run is started on those it needs.
     """
     from megaeva.bench.command import run_sweep
 
     numbers = ranks.split(",")
     if not all(number.isdigit() and int(number) > 0 for number in numbers):
         raise ConfigError(f"--ranks {ranks} must be whole numbers above 0 with commas between; e.g. --ranks 1,2.")
-    run_sweep(
+    went_well = run_sweep(
         recipe,
         overrides or [],
         ranks=[int(number) for number in numbers],
@@ -203,6 +204,7 @@ def bench_sweep(
         peak_tflops=peak_tflops,
         out=out,
     )
+    raise typer.Exit(0 if went_well else 1)
 
 
 @bench_app.command("plan-check")

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -236,26 +237,36 @@ def run_sweep(
     steps: int,
     peak_tflops: float | None,
     out: Path,
-) -> None:
+) -> bool:
     """Makes what is left of the runs, prints their tables, writes rows.jsonl, tables.md and sweep.svg into `out`.
+
+    Returns whether none of them failed.
 
     Raises:
         UserError: a mistake in the options or recipe, or Ctrl-C.
     """
-    from megaeva.bench import sweep, sweep_tables
+    from megaeva.bench import sweep, sweep_nodes, sweep_tables
+    from megaeva.config import load
+    from megaeva.loop.node import count_gpus
 
+    machines = sweep_nodes.find_machines(load(recipe, overrides), os.environ, count_gpus())
     runs = sweep.plan_runs(
         recipe, overrides, ranks=ranks, layouts=layouts, sizes=sizes, precisions=precisions, scaling=scaling,
-        steps=steps, out=out, say=print,
+        steps=steps, machines=machines, out=out, say=print,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    sweep.make_runs(runs, out, peak_tflops, print)
-    rows = sweep.read_rows(out)
-    lines = sweep_tables.table_lines(rows)
-    (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if rows:
-        sweep_tables.draw(rows, out / "sweep.svg")
-    print("\n".join(lines))
+    failed: list[str] = []
+    try:
+        failed = sweep.make_runs(runs, machines, out, peak_tflops, print)
+    finally:  # also after Ctrl-C: what is there is shown
+        if rows := sweep.read_rows(out):
+            lines = sweep_tables.table_lines(rows)
+            (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            sweep_tables.draw(rows, out / "sweep.svg")
+            print("\n".join(lines))
+    for name in failed:
+        print(f"failed, no row: {name} (log: {out / 'runs' / name / 'train.log'})")
+    return not failed
 
 
 def run_plan_check() -> bool:

@@ -5,24 +5,24 @@ from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint
 """
 
 import difflib
+import functools
 import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megaeva.checkpoint.layout import FOLDER_NAME, read_model_section
+from megaeva.bench.sweep_nodes import Machines
+from megaeva.checkpoint.layout import read_model_section
 from megaeva.config import check_world, dump, load
-from megaeva.config.schema import AxesSection, Config, EvalSection, LaunchSection, TrainSection
+from megaeva.config.schema import AxesSection, Config, EvalSection, TrainSection
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
-from megaeva.loop.launch import StageFailedError, launch
-from megaeva.loop.node import count_gpus
+from megaeva.loop.launch import StageFailedError
 from megaeva.observability.metrics import read_metrics
 from megaeva.planning import plan
 from megaeva.planning.gpus import find_gpu
@@ -34,7 +34,7 @@ _TOKEN = re.compile(r"(dp|sp|zero|recompute|(?:tp|text|pp|vpp|mb)\d+)")
 _AGAIN = "run the same command again: it makes this run anew, and what is left."
 _PRECISIONS = get_args(TrainSection.model_fields["precision"].annotation)
 _UNDONE = ("tp", "pp", "vpp", "layers_per_stage", "sequence_parallel")
-_NOTHING_BESIDE = ("save.every_steps=null", "save.every_minutes=null", "optim.warmup_steps=0")
+_NOTHING_BESIDE = ("save.enabled=false", "optim.warmup_steps=0")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def plan_runs(
     precisions: Sequence[str],
     scaling: Scaling,
     steps: int,
+    machines: Machines,
     out: Path,
     say: Callable[[str], None],
 ) -> list[Run]:
@@ -115,9 +116,11 @@ def plan_runs(
         steps: that are timed.
 
     Raises:
-        ConfigError: the recipe itself, a name of a layout, size or precision, or not one combination is right.
+        ConfigError: the recipe itself, a name of a layout, size or precision, or not one combination is right; or there
+            are not the machines for a number of ranks.
     """
     base = load(recipe, overrides)
+    nodes = {number: machines.num_nodes(number) for number in ranks}
     for size in sizes:
         if size not in VARIANTS:
             near = difflib.get_close_matches(size, VARIANTS, n=3) or VARIANTS
@@ -127,15 +130,18 @@ def plan_runs(
             raise ConfigError(f"--precisions {precision} must be {', '.join(_PRECISIONS)}; use some of them.")
     runs: list[Run] = []
     for size, precision, layout, number in product(
-        sizes or [""], precisions or [base.train.precision], layouts, sorted(ranks)
+        dict.fromkeys(sizes or [""]),
+        dict.fromkeys(precisions or [base.train.precision]),
+        dict.fromkeys(layouts),
+        sorted(nodes),
     ):
         batch = base.train.global_batch_size
         weak = batch * number // min(ranks)
         for global_batch in sorted({"strong": {batch}, "weak": {weak}, "both": {batch, weak}}[scaling]):
             identity = {
                 "recipe": str(recipe), "overrides": list(overrides), "size": size or base.model.variant or "recipe",
-                "precision": precision, "layout": layout, "ranks": number, "global_batch_size": global_batch,
-                "steps": steps,
+                "precision": precision, "layout": layout, "ranks": number, "nodes": nodes[number],
+                "global_batch_size": global_batch, "steps": steps,
             }  # fmt: skip
             name = f"{identity['size']}_{precision}_{layout}_{number}_ranks_batch_{global_batch}"
             total = _WARM_UP + steps + _TRACED
@@ -168,15 +174,22 @@ def plan_runs(
     return runs
 
 
-def make_runs(runs: Sequence[Run], out: Path, peak_tflops: float | None, say: Callable[[str], None]) -> None:
-    """Makes the runs that have no row yet. One that fails is said and has none, so the next sweep tries it again.
+def make_runs(
+    runs: Sequence[Run], machines: Machines, out: Path, peak_tflops: float | None, say: Callable[[str], None]
+) -> list[str]:
+    """Makes the runs that have no row yet, and returns the names of those that failed.
+
+    One that fails or hangs is said and has no row, so the next sweep tries it again.
 
     Args:
-        peak_tflops: of one rank, for MFU; None: what a CPU's torch.mm reaches with a rank's threads, measured here; on
-            GPUs no MFU.
+        peak_tflops: of one rank, for MFU; None: the data sheet's of a GPU that the planner knows, and of a CPU what its
+            torch.mm reaches with a rank's threads, measured here.
+
+    Raises:
+        StageInterruptedError: this process got SIGINT or SIGTERM; the run under way was ended and has no row.
     """
     done = {json.dumps(_identity(row)) for row in read_rows(out)}
-    ceilings: dict[tuple[str, int], float] = {}
+    failed: list[str] = []
     for number, run in enumerate(runs, 1):
         title = f"({number}/{len(runs)}) {run.name}"
         if json.dumps(run.identity) in done:
@@ -187,25 +200,24 @@ def make_runs(runs: Sequence[Run], out: Path, peak_tflops: float | None, say: Ca
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
         dump(run.cfg, run_dir / "recipe.yaml")
-        section = LaunchSection(num_processes=run.ranks)
+        patience = 60 * run.cfg.train.timeout_minutes
         try:
-            launch(run_dir / "recipe.yaml", [], section, run_dir / "train.log", stage=run.name, again=_AGAIN)
+            machines.start(
+                run_dir / "recipe.yaml", run.ranks, number, stage=run.name, again=_AGAIN, patience_seconds=patience
+            )
         except StageFailedError as error:
             say(f"{title}: failed, no row: {error}")
+            failed.append(run.name)
             continue
         figures = measure(run)
-        peak, source = peak_tflops, "given"
-        if peak is None and not count_gpus():
-            threads = int(figures["threads"] or os.cpu_count() or 1)
-            key = ("fp32" if run.cfg.train.precision == "fp32" else "bf16", threads)
-            if key not in ceilings:
-                ceilings[key] = _measured_ceiling(*key)
-            peak, source = ceilings[key], f"torch.mm here, threads of a rank: {threads}"
+        peak, source = (peak_tflops, "given") if peak_tflops else _peak(run, figures)
+        if peak is None:
+            say(f"{title}: no MFU, the peak of {source} is not known; --peak-tflops gives it")
         mfu = figures["model_flops"] / (figures["step_seconds"] * run.ranks * peak * 1e12) if peak else None
         row = run.identity | figures | {"mfu": mfu, "peak_tflops": peak, "peak_from": source if peak else None}
         _append_row(out / "rows.jsonl", row)
-        shutil.rmtree(run_dir / FOLDER_NAME, ignore_errors=True)
         say(f"{title}: {row['samples_per_second']:.4g} samples/s")
+    return failed
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -241,7 +253,7 @@ def measure(run: Run) -> dict[str, Any]:
         "trace_shares": {part: ms / whole for part, ms in milliseconds.items()},
         "commit": made_with["git_commit"],
         "versions": made_with["packages"],
-        "hardware": made_with["machine"] | {"cpu": _cpu_name(), "gpus": _gpu_names()},
+        "hardware": made_with["machine"],
         "threads": made_with["threads"],
         "command": f"megaeva bench sweep {run.identity['recipe']}, run {run.name}",
     }
@@ -267,11 +279,24 @@ def _append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _identity(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("recipe", "overrides", "size", "precision", "layout", "ranks", "global_batch_size", "steps")
-    return {name: row[name] for name in names}
+    names = ("recipe", "overrides", "size", "precision", "layout", "ranks", "nodes", "global_batch_size", "steps")
+    return {name: row.get(name) for name in names}
 
 
-def _measured_ceiling(precision: str, threads: int) -> float:
+def _peak(run: Run, figures: Mapping[str, Any]) -> tuple[float | None, str]:
+    """TFLOP/s of one rank, and of what; fp8 counts against bf16's, as in the planner."""
+    from megaeva.planning.compare import gpu_of_chip
+
+    precision: Literal["fp32", "bf16"] = "fp32" if run.cfg.train.precision == "fp32" else "bf16"
+    if name := figures["hardware"]["gpu"]:
+        gpu, is_known = gpu_of_chip(name)
+        return (gpu.peak_tflops[precision], f"data sheet of {gpu.name}") if is_known else (None, name)
+    threads = int(figures["threads"] or os.cpu_count() or 1)
+    return _measured_ceiling(precision, threads), f"torch.mm here, threads of a rank: {threads}"
+
+
+@functools.cache
+def _measured_ceiling(precision: Literal["fp32", "bf16"], threads: int) -> float:
     """TFLOP/s of torch.mm on this CPU."""
     import torch
 
@@ -283,19 +308,3 @@ def _measured_ceiling(precision: str, threads: int) -> float:
         return ceiling({"fp32": torch.float32, "bf16": torch.bfloat16}[precision], torch.device("cpu")) / 1e12
     finally:
         torch.set_num_threads(before)
-
-
-def _cpu_name() -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-
-
-def _gpu_names() -> list[str]:
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
-        )
-    except OSError:
-        return []
-    return listed.stdout.splitlines() if listed.returncode == 0 else []

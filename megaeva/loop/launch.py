@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
@@ -20,10 +22,12 @@ from megaeva.errors import EXPLAINED, LOST_CONTACT, LOST_PEER, UserError
 from megaeva.observability.progress import is_status_line
 
 _TAIL_LINES = 200
+_END_SECONDS = 60.0  # between SIGTERM and SIGKILL for a job that hung: torchrun gives its ranks 30
 _TORCH_LOG_LINE = re.compile(r"^[IWE]\d{4} ")
 _TORCHRUN_LINE = re.compile(r"^[IWE]\d{4} .*torch/distributed/elastic/")  # its remarks on an end that we explain
 _LOST_CONTACT_LINE = re.compile(rf"^error: ({re.escape(LOST_CONTACT)}.*)$")
 _LOST_RANK = re.compile(rf"^{re.escape(LOST_CONTACT)}rank (\d+) \(")
+_SILENT = "it printed nothing for "
 CONTINUES = "run the same command again: it continues from the last checkpoint."
 _EXCEPTION_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 
@@ -48,7 +52,7 @@ class StageFailedError(UserError):
             super().__init__(f"stage {stage} stopped by the error above (log: {log_path}); mend it and {again}")
             return
         self.status = 1
-        if reason.startswith(LOST_CONTACT):
+        if reason.startswith((LOST_CONTACT, _SILENT)):
             # Who went and where it stood. How its process ended is news only where that was the cause.
             how = f"rank {rank} {describe_exit(exit_code)}: " if exit_code < 0 else ""
             failure = f"{how}{reason}"
@@ -81,6 +85,7 @@ def launch(
     *,
     stage: str = "train",
     again: str = CONTINUES,
+    patience_seconds: float | None = None,
 ) -> None:
     """Returns when the job `python -m megaeva.train RECIPE [--resume] [key=value ...]` ended well on all ranks.
 
@@ -92,14 +97,18 @@ def launch(
         resume: continue from the newest checkpoint of the recipe's run folder.
         stage: the job's name in messages.
         again: how an error message tells its reader to go on.
+        patience_seconds: a job that prints nothing for so long is ended; None: it may be silent for ever.
 
     Raises:
-        StageFailedError: a rank died; names the first one, its exit code or signal, and its last error message.
+        StageFailedError: a rank died; names the first one, its exit code or signal, and its last error message. Or the
+            job was silent for too long.
         StageInterruptedError: this process got SIGINT or SIGTERM, which it passes on as SIGTERM so that the job saves.
             A second signal kills the job.
     """
     arguments = [str(recipe_path), *(["--resume"] if resume else []), *overrides]
-    run_module("megaeva.train", arguments, launch, log_path, stage=stage, again=again)
+    run_module(
+        "megaeva.train", arguments, launch, log_path, stage=stage, again=again, patience_seconds=patience_seconds
+    )
 
 
 def run_module(
@@ -110,8 +119,31 @@ def run_module(
     *,
     stage: str,
     again: str = CONTINUES,
+    patience_seconds: float | None = None,
 ) -> None:
     """Returns when `python -m MODULE ARGUMENTS` ended well on all ranks; see `launch` for the rest."""
+    with tempfile.TemporaryDirectory(prefix="megaeva-") as scratch:
+        failure_file = Path(scratch) / "failure.json"
+        command = build_command(module, arguments, launch, failure_file)
+        environment = build_environment(launch) | {"TORCHELASTIC_ERROR_FILE": str(Path(scratch) / "error.json")}
+        exit_code, tail = run_command(
+            command, environment, log_path, stage=stage, again=again, patience_seconds=patience_seconds
+        )
+        if exit_code:
+            rank, exit_code, reason = _verdict(exit_code, failure_file, tail, direct=_is_direct(launch))
+            raise StageFailedError(stage, rank, exit_code, reason, log_path, again)
+
+
+def run_command(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log_path: Path,
+    *,
+    stage: str,
+    again: str,
+    patience_seconds: float | None,
+) -> tuple[int, Sequence[str]]:
+    """Returns the exit code of a job's command and the last lines that it printed; see `launch` for the rest."""
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.open("ab").close()
@@ -120,10 +152,7 @@ def run_module(
             f"{log_path} cannot be written ({error.strerror}); what the job prints must have a file there; "
             "choose another folder for the run"
         ) from None
-    with tempfile.TemporaryDirectory(prefix="megaeva-") as scratch, log_path.open("ab", buffering=0) as log:
-        failure_file = Path(scratch) / "failure.json"
-        command = build_command(module, arguments, launch, failure_file)
-        environment = build_environment(launch) | {"TORCHELASTIC_ERROR_FILE": str(Path(scratch) / "error.json")}
+    with log_path.open("ab", buffering=0) as log:
         with suppress(OSError):  # a full disk, which the job has to tell of
             log.write(f"$ {' '.join(command)}\n".encode())
         # A session of its own: Ctrl-C on the terminal reaches this process only, which passes it on once.
@@ -131,14 +160,46 @@ def run_module(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
         assert process.stdout is not None
-        with _forwarded_signals(process) as received:
-            tail = _relay(process.stdout, sys.stdout, log)  # type: ignore[arg-type]
+        with _forwarded_signals(process) as received, _Patience(process, patience_seconds) as patience:
+            tail = _relay(process.stdout, sys.stdout, log, patience.heard)  # type: ignore[arg-type]
             exit_code = process.wait()
-        if received:
-            raise StageInterruptedError(stage, received[0], again)
-        if exit_code:
-            rank, exit_code, reason = _verdict(exit_code, failure_file, tail, direct=_is_direct(launch))
-            raise StageFailedError(stage, rank, exit_code, reason, log_path, again)
+    if received:
+        raise StageInterruptedError(stage, received[0], again)
+    if patience.is_over:
+        reason = f"{_SILENT}{patience_seconds:.0f} s, so it was ended: it hung, or one step takes longer"
+        raise StageFailedError(stage, None, LOST_PEER, reason, log_path, again)
+    return exit_code, tail
+
+
+class _Patience:
+    """Ends a process that was not heard of for `seconds`: SIGTERM, then SIGKILL for it and all below it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", seconds: float | None) -> None:
+        self.is_over = False
+        self._process, self._seconds, self._since = process, seconds, time.monotonic()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def heard(self) -> None:
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "_Patience":
+        if self._seconds is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        assert self._seconds is not None
+        while (left := self._since + self._seconds - time.monotonic()) > 0:
+            if self._done.wait(left):
+                return
+        self.is_over = True
+        self._process.terminate()
+        if not self._done.wait(min(self._seconds, _END_SECONDS)):
+            _kill_tree(self._process.pid)
 
 
 def build_command(module: str, arguments: Sequence[str], launch: LaunchSection, failure_file: Path) -> list[str]:
@@ -261,8 +322,10 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase) -> deque[str]:
+def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase, heard: Callable[[], None]) -> deque[str]:
     """Copies lines to log and terminal, where a status line overwrites the one before. Returns the last lines.
+
+    `heard` is called for each.
 
     What torchrun itself says of a rank's end goes to the log only, and what ranks say of a lost one, as the error that
     the launcher ends with quotes it.
@@ -272,6 +335,7 @@ def _relay(source: BinaryIO, terminal: TextIO, log: RawIOBase) -> deque[str]:
     redrawing = False
     log_works = True
     for raw in source:
+        heard()
         try:
             if log_works:
                 log.write(raw)

@@ -117,15 +117,30 @@ class RunRecord:
 
 
 def manifest(
-    *, world_size: int, shards: Sequence[Path], phases: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]
+    *,
+    world_size: int,
+    gpu: str | None,
+    shards: Sequence[Path],
+    phases: Sequence[dict[str, Any]],
+    starts: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What a run was made with: versions, machine, commit, command, shards with sizes, phases, sources of weights."""
+    """What a run was made with: versions, machine, commit, command, shards with sizes, phases, sources of weights.
+
+    Args:
+        gpu: name of this rank's; None: it computes on the CPU.
+    """
     return {
         "command": sys.argv,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in (*_PACKAGES, *_DALI) if (version := _version(name))},
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "memory_gib": round(_memory_gib(), 1)},
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(_memory_gib(), 1),
+            "gpu": gpu,
+        },
         "world_size": world_size,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "shards": {str(path): path.stat().st_size for path in shards},
@@ -139,6 +154,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cpu_name() -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _git_commit() -> str | None:

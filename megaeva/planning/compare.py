@@ -87,9 +87,13 @@ def tensor_bytes(stage: StageBytes) -> int:
 
 
 def gpu_of_chip(name: str) -> tuple[Gpu, bool]:
-    """The planner's GPU for a device's name, and whether it is that one; else the nearest by name."""
+    """The planner's GPU for a device's name, and whether it is that one; else the nearest by name.
+
+    The planner knows those on SXM boards; others of the same name have lower peaks or no links.
+    """
     words = re.findall(r"[a-z]+\d+|\d+", name.lower())
+    on_board = not re.search(r"pcie|nvl|hbm2e", name.lower())
     for gpu in GPUS.values():
         if all(word in words for word in gpu.name.split("-")):
-            return gpu, True
+            return gpu, on_board
     return GPUS[get_close_matches("-".join(words), GPUS, n=1, cutoff=0.0)[0]], False

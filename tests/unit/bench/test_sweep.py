@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ import pytest
 
 from megaeva.bench import sweep
 from megaeva.bench.sweep import Run, layout_overrides, make_runs, plan_runs, read_rows
+from megaeva.bench.sweep_nodes import Machines
 from megaeva.bench.sweep_tables import draw, scaling_of, strong_group, table_lines
 from megaeva.config import load
-from megaeva.config.schema import LaunchSection
 from megaeva.errors import ConfigError
 from megaeva.loop.launch import StageFailedError
 from tests.integration.test_training import write_recipe
 
 STEPS = 4
+HERE = Machines(None)
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def recipe(tmp_path: Path) -> Path:
 
 def planned(recipe: Path, said: list[str], **other: Any) -> list[Run]:
     options = {"ranks": [1, 2], "layouts": ["dp", "tp2"], "sizes": [], "precisions": [], "scaling": "both"} | other
-    return plan_runs(recipe, ["seed=3"], steps=STEPS, out=recipe.parent / "out", say=said.append, **options)
+    out = recipe.parent / "out"
+    return plan_runs(recipe, ["seed=3"], steps=STEPS, machines=HERE, out=out, say=said.append, **options)
 
 
 def test_layouts_are_words(recipe: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_sweep_plans_what_fits_and_says_what_does_not(recipe: Path) -> None:
     assert (cfg.seed, cfg.train.total_steps, cfg.train.log_every_steps) == (3, 9, 1)
     assert cfg.train.profile is not None
     assert (cfg.train.profile.first_step, cfg.train.profile.num_steps) == (7, 2)
-    assert cfg.save.every_steps is None
+    assert not cfg.save.enabled
     assert [r.cfg.train.global_batch_size for r in planned(recipe, said, scaling="strong", layouts=["dp"])] == [8, 8]
     assert [r.cfg.train.global_batch_size for r in planned(recipe, said, scaling="weak", layouts=["dp"])] == [8, 16]
     precise = planned(recipe, said, precisions=["fp32", "bf16"], layouts=["dp"], scaling="weak")
@@ -80,21 +81,24 @@ def test_a_sweep_plans_what_fits_and_says_what_does_not(recipe: Path) -> None:
         planned(recipe, said, ranks=[1], layouts=["tp2"])
 
 
-class Jobs:
-    """In place of torchrun: writes what a run of 2 s steps leaves; batch 16 fails."""
+class Jobs(Machines):
+    """Writes what a run of 2 s steps leaves; batch 16 fails."""
 
-    def __init__(self) -> None:
-        self.made: list[str] = []
+    made: list[str]
+    gpu: str | None
 
-    def __call__(
-        self, path: Path, overrides: Sequence[str], section: LaunchSection, log: Path, *, stage: str, again: str
-    ) -> None:
+    def __init__(self, gpu: str | None = None) -> None:
+        super().__init__(None)
+        vars(self).update(made=[], gpu=gpu)
+
+    def start(self, recipe: Path, ranks: int, number: int, *, stage: str, again: str, patience_seconds: float) -> None:
         self.made.append(stage)
-        cfg = load(path, overrides)
+        assert patience_seconds == 600
+        cfg = load(recipe)
         if cfg.train.global_batch_size == 16:
-            raise StageFailedError(stage, 0, 1, "out of memory", log, again)
+            raise StageFailedError(stage, 0, 1, "out of memory", recipe.parent / "train.log", again)
         run_dir = Path(cfg.run_dir)
-        seconds = 2.0 / section.num_processes**0.5
+        seconds = 2.0 / ranks**0.5
         lines = [
             {
                 "step": step,
@@ -115,18 +119,20 @@ class Jobs:
         (run_dir / "profile").mkdir()
         with gzip.open(run_dir / "profile" / "rank_0_steps_7_8.json.gz", "wt") as file:
             json.dump({"traceEvents": events}, file)
-        manifest = {"git_commit": "abc", "packages": {"torch": "2"}, "machine": {"cores": 2}, "threads": "1"}
+        manifest = {
+            "git_commit": "abc",
+            "packages": {"torch": "2"},
+            "machine": {"cores": 2, "gpu": self.gpu},
+            "threads": "1",
+        }
         (run_dir / "manifest.json").write_text(json.dumps(manifest))
-        (run_dir / "checkpoints").mkdir()
 
 
-def test_rows_are_measured_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_measured_once(recipe: Path) -> None:
     jobs = Jobs()
-    monkeypatch.setattr(sweep, "launch", jobs)
-    monkeypatch.setattr(sweep, "count_gpus", lambda: 0)
     out, said = recipe.parent / "out", list[str]()
     runs = planned(recipe, said, layouts=["dp"])
-    make_runs(runs, out, 0.001, said.append)
+    assert make_runs(runs, jobs, out, 0.001, said.append) == ["recipe_fp32_dp_2_ranks_batch_16"]
     one, two = read_rows(out)
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["step_seconds"] == pytest.approx(2.0)
@@ -138,27 +144,35 @@ def test_rows_are_measured_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -
     assert one["communication_share"] == pytest.approx(0.1)
     assert (one["commit"], one["versions"], one["hardware"]["cores"]) == ("abc", {"torch": "2"}, 2)
     assert any("batch_16: failed, no row" in line and "out of memory" in line for line in said)
-    assert not list(out.glob("runs/*/checkpoints"))
 
     # A kill cut the last line off; the same command makes that run and the failed one again, no other.
     lines = (out / "rows.jsonl").read_text()
     (out / "rows.jsonl").write_text(lines[:-20])
     jobs.made.clear()
-    make_runs(runs, out, 0.001, said.append)
+    make_runs(runs, jobs, out, 0.001, said.append)
     assert jobs.made == ["recipe_fp32_dp_2_ranks_batch_8", "recipe_fp32_dp_2_ranks_batch_16"]
     assert [row["ranks"] for row in read_rows(out)] == [1, 2]
 
 
-def test_a_cpu_is_measured_and_a_gpu_is_not_guessed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "launch", Jobs())
+@pytest.mark.parametrize(
+    ("gpu", "precision", "peak", "source"),
+    [
+        (None, "fp32", 0.002, "torch.mm here, threads of a rank: 1"),
+        ("NVIDIA H100 80GB HBM3 (compute capability 9.0)", "bf16", 989, "data sheet of h100-80"),
+        ("NVIDIA A100-SXM4-40GB (compute capability 8.0)", "fp32", 19.5, "data sheet of a100-40"),
+        ("NVIDIA H100 PCIe (compute capability 9.0)", "bf16", None, None),
+    ],
+)
+def test_the_peak_is_measured_or_known_and_never_guessed(
+    gpu: str | None, precision: str, peak: float, source: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sweep, "_measured_ceiling", lambda precision, threads: 0.002)
-    runs = planned(recipe, [], layouts=["dp"], ranks=[1])
-    for gpus, name in ((0, "cpu"), (8, "gpu")):
-        monkeypatch.setattr(sweep, "count_gpus", lambda gpus=gpus: gpus)
-        make_runs(runs, recipe.parent / name, None, lambda _: None)
-    (on_cpu,), (on_gpu,) = read_rows(recipe.parent / "cpu"), read_rows(recipe.parent / "gpu")
-    assert (on_cpu["peak_tflops"], on_cpu["peak_from"]) == (0.002, "torch.mm here, threads of a rank: 1")
-    assert (on_gpu["peak_tflops"], on_gpu["mfu"]) == (None, None)
+    said: list[str] = []
+    runs = planned(recipe, said, layouts=["dp"], ranks=[1], precisions=[precision])
+    make_runs(runs, Jobs(gpu), recipe.parent / "out", None, said.append)
+    (found,) = read_rows(recipe.parent / "out")
+    assert (found["peak_tflops"], found["peak_from"]) == (peak, source)
+    assert (found["mfu"] is None) == any("no MFU, the peak of NVIDIA H100 PCIe" in line for line in said)
 
 
 def row(ranks: int, batch: int, rate: float) -> dict[str, Any]:

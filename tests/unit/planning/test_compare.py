@@ -88,6 +88,8 @@ def test_a_plan_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         ("NVIDIA H200", "h200", True),
         ("NVIDIA B200", "b200", True),
         ("NVIDIA GB200", "b200", False),
+        ("NVIDIA A100 80GB PCIe", "a100-80", False),
+        ("NVIDIA H200 NVL", "h200", False),
     ],
 )
 def test_names_of_devices(name: str, gpu: str, known: bool) -> None:
