@@ -16,6 +16,8 @@ OPTIMIZER = "optimizer."
 """With what the keys of optimizer state begin, and no weight's."""
 RUN_STATE = OPTIMIZER + "run."
 """Of what a run continues with where a checkpoint has it, and begins anew without."""
+MAIN = OPTIMIZER + "state.param."
+"""Before a parameter's key: its fp32 main copy."""
 AVERAGE = OPTIMIZER + "state.ema."
 """Before a parameter's key: its average over the run, of a run that keeps one (optim.ema_decay)."""
 

@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from megaeva import __version__
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.convert.contents import Contents, Preprocess
 from megaeva.checkpoint.convert.sidecar import contents_info
-from megaeva.checkpoint.pieces import AVERAGE, RUN_STATE, Piece, module_pieces, run_state_pieces, state_pieces
+from megaeva.checkpoint.pieces import AVERAGE, MAIN, RUN_STATE, Piece, module_pieces, run_state_pieces, state_pieces
 from megaeva.checkpoint.torch_dist import FileIndex, FileWriter, Reader, first_line, write_index
 from megaeva.config.schema import Config
 from megaeva.data.tokenizer import read_subset
@@ -47,6 +47,8 @@ class LoadedState:
         extra: what was passed to `begin`.
         begun_anew: how many tensors of `pieces.run_state_pieces` the checkpoint does not have, or has in another shape.
         average_begins: the run keeps an average of the weights and the checkpoint has none; it is now a copy of them.
+        average_ends: the checkpoint has one and the run keeps none.
+        changed: a line for each key of the recipe that the run which saved had otherwise.
     """
 
     step: int
@@ -54,6 +56,8 @@ class LoadedState:
     extra: dict[str, Any]
     begun_anew: int = 0
     average_begins: bool = False
+    average_ends: bool = False
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,11 +244,12 @@ class CheckpointStore:
     ) -> LoadedState:
         """Read a checkpoint of this model into towers and optimizer, exactly. All ranks call it.
 
-        Every box that is read is held against its checksum.
+        Every box that is read is held against its checksum. In another precision than the checkpoint's, weights are
+        those that the main parameters give, as after a step.
 
         Args:
             path: from `newest()`.
-            config: its task and model must be the checkpoint's.
+            config: its task, model, batch, optimizer and frozen towers must be the checkpoint's.
 
         Raises:
             CheckpointError: on every rank: another task or model (before any tensor is read), or a damaged checkpoint.
@@ -260,6 +265,7 @@ class CheckpointStore:
             wanted = [p for p in _pieces(towers, optimizer) if averaged or not p.key.startswith(AVERAGE)]
             pieces = [piece for piece in wanted if not piece.key.startswith(RUN_STATE) or _has(reader, piece)]
             _check_pieces(reader, pieces)
+            pieces = [_of_main_parameter(reader, piece) for piece in pieces]
         with together("reading a checkpoint"), self._another_instead(path):
             reader.read_pieces(pieces)
         reader.close()
@@ -267,7 +273,15 @@ class CheckpointStore:
         begins = config.optim.ema_decay is not None and not averaged
         if begins:
             _begin_averages(towers, optimizer)
-        return LoadedState(info["step"], info["loader"], info["extra"], len(wanted) - len(pieces), begins)
+        return LoadedState(
+            info["step"],
+            info["loader"],
+            info["extra"],
+            begun_anew=len(wanted) - len(pieces),
+            average_begins=begins,
+            average_ends=averaged and config.optim.ema_decay is None,
+            changed=tuple(_changed_keys(info["config"], config)),
+        )
 
     @contextmanager
     def _another_instead(self, path: Path) -> Iterator[None]:
@@ -341,6 +355,22 @@ def _has(reader: Reader, piece: Piece) -> bool:
     return piece.key in reader.infos and reader.infos[piece.key].shape == piece.whole
 
 
+def _of_main_parameter(reader: Reader, piece: Piece) -> Piece:
+    """Of a weight whose dtype in the checkpoint is another, the same box of its fp32 main parameter, where it has one.
+
+    Else each rank would go on with the saved weight, rounded, and with its own shard of the main parameters.
+    """
+    main = f"{MAIN}{piece.key}"
+    if main in reader.infos and reader.infos[piece.key].dtype != piece.data.dtype:
+        return replace(piece, key=main)
+    return piece
+
+
+def _changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
+    wanted = config.model_dump(mode="json")
+    return [line for key in wanted for line in layout.differing_keys(saved.get(key), wanted[key], key)]
+
+
 def _check_pieces(reader: Reader, pieces: Sequence[Piece]) -> None:
     """That the checkpoint has every tensor of this rank, in its shape."""
     found = {key: info.shape for key, info in reader.infos.items()}
@@ -398,10 +428,14 @@ def _check_same_run(path: Path, info: dict[str, Any], config: Config, clip_ids: 
     if info["optimizer"] != config.optim.name:
         # AdamW and LAMB keep moments of the same names that mean different things.
         different.append(f"optim.name: checkpoint {info['optimizer']}, recipe {config.optim.name}")
+    frozen = sorted(info["config"]["optim"].get("frozen", ()))
+    if frozen != sorted(config.optim.frozen):
+        # A tower that begins to be trained has no moments, and one that stops would lose them at the next save.
+        different.append(f"optim.frozen: checkpoint {frozen}, recipe {sorted(config.optim.frozen)}")
     if different:
         raise CheckpointError(
             f"{path} belongs to another run:\n  " + "\n  ".join(different) + "\nA resumed run must have the same task, "
-            "model, batch and optimizer; set these keys back, or start a new run_dir with init.clip, init.vision or "
+            "model, batch, optimizer and frozen towers; set these keys back, or start a new run_dir with init.clip, init.vision or "
             "init.text."
         )
 

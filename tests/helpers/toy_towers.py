@@ -17,6 +17,7 @@ from megaeva.config.schema import AxesSection, Config
 from megaeva.config.topology import virtual_stages
 from megaeva.parallel.collectives import all_gather_rows, gather_objects
 from megaeva.parallel.grid import Grid, build_grid
+from megaeva.parallel.platform import DTYPES
 from megaeva.parallel.runtime import Runtime
 from megaeva.parallel.shards import full_shape, gather_full, slice_full
 from megaeva.parallel.wrap import Tower, reduce_gradients, wrap, zero_gradients
@@ -84,11 +85,11 @@ class ToyTower(MegatronModule):
     Under sequence parallelism the norm sees this rank's share of the rows, so its gradients are shares over tp.
     """
 
-    def __init__(self, grid: Grid, width: int, num_layers: int, precision: Literal["fp32", "bf16"]) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    def __init__(self, grid: Grid, width: int, num_layers: int, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+        dtype = DTYPES[precision]
         config = TransformerConfig(
             num_layers=num_layers, hidden_size=width, num_attention_heads=4, tensor_model_parallel_size=grid.tp_size,
-            params_dtype=dtype, bf16=precision == "bf16", use_cpu_initialization=True,
+            params_dtype=dtype, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu_initialization=True,
             gradient_accumulation_fusion=False, sequence_parallel=grid.sequence_parallel,
         )  # fmt: skip
         super().__init__(config=config)
@@ -160,8 +161,8 @@ def build_towers(
     grids = {name: grid_of(axes.get(name, AxesSection()), runtime) for name in ("vision", "text", "scale")}
     assert cfg.model.text is not None
     modules: dict[str, Any] = {
-        "vision": ToyTower(grids["vision"], width, cfg.model.vision.num_layers, cfg.train.precision),
-        "text": ToyTower(grids["text"], width, cfg.model.text.num_layers, cfg.train.precision),
+        "vision": ToyTower(grids["vision"], width, cfg.model.vision.num_layers, cfg.train.parameter_precision),
+        "text": ToyTower(grids["text"], width, cfg.model.text.num_layers, cfg.train.parameter_precision),
         "scale": ToyScale(trainable=train_scale),
     }
     for tower in ("vision", "text"):

@@ -225,6 +225,42 @@ def test_another_optimizer_is_refused(runtime: Runtime, tmp_path: Path) -> None:
         run.load(path, run.cfg.model_copy(update={"optim": optim}))
 
 
+@pytest.mark.parametrize(("before", "after"), [([], ["vision"]), (["vision"], []), (["text"], ["vision"])])
+def test_other_frozen_towers_are_refused(runtime: Runtime, tmp_path: Path, before: list[str], after: list[str]) -> None:
+    path = Run(runtime, tmp_path, frozen=before).save(3)
+    run = Run(runtime, tmp_path, frozen=after)
+    weights = run.tensors()
+    with pytest.raises(CheckpointError) as caught:
+        run.load(path)
+    assert f"optim.frozen: checkpoint {before}, recipe {after}" in str(caught.value)
+    assert "must have the same task, model, batch, optimizer and frozen towers; set" in str(caught.value)
+    assert equal(run.tensors(), weights)
+
+
+def test_what_a_recipe_changed_is_told(runtime: Runtime, tmp_path: Path) -> None:
+    path = Run(runtime, tmp_path, ema_decay=0.5).save(1)
+    state = Run(runtime, tmp_path, weight_decay=0.2).load(path)
+    assert (state.average_ends, state.average_begins) == (True, False)
+    expected = ("optim.ema_decay: checkpoint 0.5, recipe None", "optim.weight_decay: checkpoint 0.1, recipe 0.2")
+    assert state.changed == expected
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16")])
+def test_weights_in_another_precision_are_those_of_the_main_parameters(
+    runtime: Runtime, tmp_path: Path, before: str, after: str, distributed: bool
+) -> None:
+    run = Run(runtime, tmp_path, precision=before, distributed_optimizer=distributed)
+    run.train(0, 2)
+    path = run.save(2)
+    resumed = Run(runtime, tmp_path, seed=1, precision=after, distributed_optimizer=distributed)
+    assert resumed.load(path).changed == (f"train.precision: checkpoint {before!r}, recipe {after!r}",)
+    for tower, trained in zip(resumed.towers, run.towers, strict=True):
+        mains = [state["param"] for _, _, state, _ in run.optimizer.held_state(trained.name)]
+        for weight, main in zip(tower.module.parameters(), mains, strict=True):
+            assert torch.equal(weight.flatten(), main.flatten().to(weight.dtype))
+
+
 def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None:
     run = Run(runtime, tmp_path)
     path = run.save(1)
