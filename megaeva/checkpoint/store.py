@@ -435,8 +435,8 @@ def _check_same_run(path: Path, info: dict[str, Any], config: Config, clip_ids: 
     if different:
         raise CheckpointError(
             f"{path} belongs to another run:\n  " + "\n  ".join(different) + "\nA resumed run must have the same task, "
-            "model, batch, optimizer and frozen towers; set these keys back, or start a new run_dir with init.clip, init.vision or "
-            "init.text."
+            "model, batch, optimizer and frozen towers; set these keys back, or start a new run_dir with "
+            "init.clip, init.vision or init.text."
         )
 
 
