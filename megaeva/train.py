@@ -6,12 +6,16 @@ the others), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint written
 """
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from megaeva.errors import explain_end
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     options = parser.parse_intermixed_args(argv)
+    _die_with_agent()
     return explain_end(lambda: train(options.recipe, options.overrides, resume=options.resume))
 
 
@@ -50,6 +55,15 @@ def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
             return Trainer(cfg, runtime, resume=resume, recipe_changes=changes).fit()
     finally:
         stop()
+
+
+def _die_with_agent() -> None:
+    """From now on this rank is killed when torchrun's agent dies, of which nobody else would tell it.
+
+    It would wait for its node's place to be taken by others, and hold the GPU. Linux only.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ python -m megaeva.loop.node [--dry-run] RECIPE [--resume] [key.path=value ...], 
 NNODES        nodes of the job; 1
 NODE_RANK     this one's number from 0; Slurm's SLURM_NODEID
 MASTER_ADDR   a name or address of node 0 by which all nodes reach it, and
-MASTER_PORT   a free port there; 29500
+MASTER_PORT   a free port there, the next one free too; 29500
+LOCAL_ADDR    this node's address for the others; node 0's MASTER_ADDR, else that of the interface towards it
 PROCESSES     ranks of each node; with one node the number of its GPUs, else 1
 MAX_RESTARTS  how often the ranks are started again after one died or a node came back; 3, with one node 0
 JOIN_SECONDS  how long a node waits for the others, also for one that has to come back; 600
@@ -13,8 +14,8 @@ LOG_DIR       for the output of the ranks; RUN/logs/node_N
 JOB_ID        tells jobs apart that meet at the same port; megaeva
 
 Why a job of N nodes cannot become N jobs of one: the number of nodes is fixed, so torchrun starts no rank before all
-are there; only node 0 opens the meeting point, the others must reach it; and a rank refuses a world of another size
-(`check_world_size` in config/world.py).
+are there; only node 0 opens the meeting point, the others must reach it and agree with it (loop/meeting.py); and a rank
+refuses a world of another size (`check_world_size` in config/world.py).
 """
 
 import json
@@ -23,7 +24,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,9 @@ from megaeva.config.schema import Config
 from megaeva.config.world import EXPECTED_WORLD_SIZE
 from megaeva.errors import ConfigError, UserError, explain_end
 from megaeva.loop.launch import describe_exit, threads_of_each
+from megaeva.loop.meeting import address_towards, meeting, reach, resolve
 
 _SAVE_SECONDS = 240  # between SIGTERM and SIGKILL; torchrun's own 30 are too few for a large checkpoint
-_SAME_MACHINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Node:
                 "--rdzv-backend=c10d",
                 f"--rdzv-id={self.job_id}",
                 f"--rdzv-endpoint={self.master}:{self.port}",
-                f"--rdzv-conf=is_host={int(self.rank == 0)},join_timeout={self.join_seconds}",
+                f"--rdzv-conf=is_host={int(self.rank == 0)},join_timeout={self.join_seconds},"
+                f"read_timeout={min(60, self.join_seconds)}",
                 f"--local-addr={self.address}",
             ]
         return [
@@ -128,8 +129,8 @@ def read_node(cfg: Config, environ: Mapping[str, str], num_gpus: int) -> Node:
         rank=rank,
         processes=_number(environ, "PROCESSES", max(1, num_gpus), least=1),
         master=master,
-        port=_number(environ, "MASTER_PORT", 29500, least=1),
-        address=environ.get("LOCAL_ADDR") or (master if rank == 0 else _address_towards(master)),
+        port=_number(environ, "MASTER_PORT", 29500, least=1, most=65534),
+        address=environ.get("LOCAL_ADDR") or (master if rank == 0 else address_towards(master)),
         max_restarts=_number(environ, "MAX_RESTARTS", 0 if nnodes == 1 else 3),
         join_seconds=_number(environ, "JOIN_SECONDS", 600, least=1),
         log_dir=Path(environ.get("LOG_DIR", run_dir / "logs" / f"node_{rank}")),
@@ -182,45 +183,11 @@ def machine_faults(node: Node, cfg: Config, environ: Mapping[str, str], num_gpus
     return faults
 
 
-def await_master(node: Node) -> None:
-    """Returns when node 0 can be reached from this node.
-
-    Raises:
-        UserError: it cannot, within JOIN_SECONDS; or this machine is not node 0, yet MASTER_ADDR leads to itself.
-    """
-    if node.rank == 0:
-        return
-    same_machine = _address_towards(node.master) == _resolve(node.master)
-    patience = _SAME_MACHINE_SECONDS if same_machine else node.join_seconds
-    until = time.monotonic() + patience
-    while True:
-        try:
-            socket.create_connection((node.master, node.port), timeout=5).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > until:
-            break
-        time.sleep(1.0)
-    where = f"MASTER_ADDR={node.master} MASTER_PORT={node.port}"
-    if same_machine:
-        raise UserError(
-            f"{where} is this machine itself ({_resolve(node.master)}), where no node 0 listens, seen from node "
-            f"{node.rank} of {node.nnodes}; on all nodes it must lead to node 0; give an address of node 0 that the "
-            "others reach, not localhost or a name that /etc/hosts maps to 127.*."
-        )
-    raise UserError(
-        f"node 0 does not answer at {where} after {patience:.0f} s ({reason}), seen from node {node.rank} of "
-        f"{node.nnodes} on {socket.gethostname()}; it must be started and reachable; look at node 0's output, at a "
-        "firewall, and at the address."
-    )
-
-
 def run(node: Node, arguments: Sequence[str]) -> int:
     """Runs this node's ranks; the exit code: 0, 1 after a rank died, 128 + signal after a signal and a save.
 
     Raises:
-        UserError: the nodes did not meet.
+        UserError: a node was lost and did not come back in time.
     """
     # torch is loaded here, after all that can be said without it.
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -237,10 +204,9 @@ def run(node: Node, arguments: Sequence[str]) -> int:
         code = agent.main([str(failure_file), *arguments])
     except RendezvousError as error:
         raise UserError(
-            f"node {node.rank} of {node.nnodes} did not meet the others at {node.master}:{node.port} within "
-            f"{node.join_seconds} s ({type(error).__name__}: {error}); all {node.nnodes} nodes must start with the "
-            "same MASTER_ADDR, MASTER_PORT and JOB_ID and numbers of their own; look at their output and start all "
-            "again with --resume."
+            f"node {node.rank} of {node.nnodes} does not find all others at {node.master}:{node.port} within "
+            f"JOIN_SECONDS={node.join_seconds} ({type(error).__name__}: {error}); all {node.nnodes} nodes must run, a "
+            "lost one be started again in that time; look at their output and start all again with --resume."
         ) from None
     if code == 1 and failure_file.exists():
         failure = json.loads(failure_file.read_text(encoding="utf-8"))
@@ -276,11 +242,10 @@ def main(argv: Sequence[str]) -> int:
     faults = machine_faults(node, cfg, os.environ, num_gpus)
     arguments = node.torchrun_arguments(recipe, overrides, resume=resume)
     what = f"{num_gpus} GPUs" if num_gpus and cfg.platform != "cpu" else "CPU"
-    first = node.rank * node.processes
     print(
-        f"node {node.rank} of {node.nnodes} ({socket.gethostname()}, {what}): ranks {first} to "
-        f"{first + node.processes - 1} of {node.nnodes * node.processes}, node 0 at {node.master}:{node.port}, "
-        f"output of the ranks in {node.log_dir}",
+        f"node {node.rank} of {node.nnodes} ({socket.gethostname()}, {what}): {node.processes} of "
+        f"{node.nnodes * node.processes} ranks, node 0 at {node.master}:{node.port}, output of the ranks in "
+        f"{node.log_dir}",
         flush=True,
     )
     if dry_run:
@@ -291,15 +256,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if faults:
         raise ConfigError("\n".join(faults))
-    await_master(node)
-    return run(node, arguments)
+    if node.nnodes == 1:
+        return run(node, arguments)
+    with meeting(node, cfg):
+        if node.rank:
+            reach(node, node.port, met=True).close()  # node 0 loads torch before it opens torchrun's port
+        return run(node, arguments)
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None, least: int = 0) -> int:
+def _number(environ: Mapping[str, str], name: str, default: int | None, least: int = 0, most: int | None = None) -> int:
     text = environ.get(name, "" if default is None else str(default))
-    if not text.isdigit() or int(text) < least:
+    if not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
         shown = f"{name}={text}" if text else f"{name} is not set and"
-        raise ConfigError(f"{shown} must be a whole number of at least {least}; set {name}=... on this node.")
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{shown} must be a whole number {bounds}; set {name}=... on this node.")
     return int(text)
 
 
@@ -316,25 +286,8 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _resolve(host: str) -> str:
-    try:
-        return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        return host
-
-
 def _is_loopback(host: str) -> bool:
-    return _resolve(host).startswith("127.")
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address on the way to `host`; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError:
-            return socket.gethostname()
-        return str(probe.getsockname()[0])
+    return resolve(host).startswith("127.")
 
 
 if __name__ == "__main__":
