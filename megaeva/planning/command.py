@@ -31,12 +31,14 @@ def run_plan(
     Raises:
         UserError: the recipe or the GPU cannot be read, the recipe does not go on so many GPUs, or no layout fits.
     """
+    _check_writable("--json", json_path)
+    _check_writable("--plot", plot_path)
     gpu = find_gpu(gpu_name)
     cfg = load(recipe, overrides)
     if cfg.train.precision not in gpu.peak_tflops:
         raise ConfigError(
-            f"train.precision={cfg.train.precision} is not one that {gpu.name} multiplies in; use "
-            f"{' or '.join(gpu.peak_tflops)}, or another --gpu."
+            f"train.precision={cfg.train.precision} is not one that {gpu.name} multiplies in; it must be "
+            f"{' or '.join(gpu.peak_tflops)}; set it, or name another --gpu."
         )
     if not searching:
         check_world(cfg, num_gpus)
@@ -57,6 +59,15 @@ def run_plan(
     if plot_path is not None:
         write_plot(plans[0], plot_path)
     return lines
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Nothing where a file can be written; before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        raise UserError(f"{option} {path} {what}; it must be a file in a folder that exists; name one, or make it.")
 
 
 def run_rehearsal(

@@ -6,14 +6,15 @@ from functools import cached_property
 
 from megaeva.config.phases import Phase, run_phases
 from megaeva.config.schema import AxesSection, Config, ModelSection, TextSection, VisionSection
-from megaeva.config.topology import data_ranks, microbatches, num_kept
+from megaeva.config.topology import data_ranks, microbatches, num_kept, sharing_ranks
 from megaeva.planning import formulae as f
 from megaeva.planning.formulae import Work
 from megaeva.planning.gpus import Gpu
 from megaeva.planning.tower import Tower
 
 PARTS = (
-    "weights", "FP8 copies", "gradients", "optimizer", "teacher", "activations", "loss", "communication", "margin",
+    "weights", "FP8 copies", "gradients", "optimizer", "teacher", "images", "activations", "loss, features",
+    "communication", "margin",
 )  # fmt: skip
 
 
@@ -71,8 +72,15 @@ class Plan:
     cfg: Config
     num_gpus: int
     gpu: Gpu
-    stages: tuple[StageBytes, ...]
     steps: tuple["_Step", ...]
+
+    @cached_property
+    def stages(self) -> tuple[StageBytes, ...]:
+        """Of each pipeline stage, in the phase in which it holds most."""
+        return tuple(map(self._stage, range(self.cfg.parallel.vision.pp)))
+
+    def _stage(self, stage: int) -> StageBytes:
+        return max((step.stage_bytes(stage) for step in self.steps), key=lambda one: one.total)
 
     @cached_property
     def phases(self) -> tuple[PhaseSeconds, ...]:
@@ -85,14 +93,24 @@ class Plan:
         return self.steps[0].host_bytes
 
     @property
+    def host_image_bytes(self) -> int:
+        """Of decoded batches of a rank in the host's memory; 0 where the GPU decodes."""
+        return max(step.images.host_bytes for step in self.steps)
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What is not counted."""
+        """What is taken for granted."""
         return self.steps[0].notes
 
     @cached_property
     def worst(self) -> StageBytes:
-        """The stage that holds most."""
-        return max(self.stages, key=lambda stage: stage.total)
+        """The stage that holds most.
+
+        Of stages between the ends with as many layers the first is it: its warm-up is the longest.
+        """
+        chunks = self.steps[0].vision.chunks
+        inner = {tuple(map(len, chunks[stage])): stage for stage in range(len(chunks) - 2, 0, -1)}
+        return max(map(self._stage, sorted({0, *inner.values(), len(chunks) - 1})), key=lambda one: one.total)
 
     @property
     def capacity(self) -> int:
@@ -136,12 +154,46 @@ def plan(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = No
     Args:
         teacher: of a MIM run; None: it is left out, and a note says so.
     """
-    steps = tuple(_Step(phase, num_gpus, gpu, teacher) for phase in run_phases(cfg))
-    stages = tuple(
-        max((step.stage_bytes(stage) for step in steps), key=lambda one: one.total)
-        for stage in range(cfg.parallel.vision.pp)
-    )
-    return Plan(cfg, num_gpus, gpu, stages, steps)
+    return Plan(cfg, num_gpus, gpu, tuple(_Step(phase, num_gpus, gpu, teacher) for phase in run_phases(cfg)))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Decoded images of a rank.
+
+    Attributes:
+        number: that it decodes for a step, those of its whole data block.
+        on_gpu: by DALI.
+        held: bytes on the GPU beside a step's work.
+        dali: bytes of DALI's own output there.
+        host_bytes: in the host's memory.
+        seconds: that decoding takes.
+        hidden: behind the step.
+    """
+
+    number: int
+    on_gpu: bool
+    held: int
+    dali: int
+    host_bytes: int
+    seconds: float
+    hidden: bool
+
+
+def _images(cfg: Config, num_gpus: int, gpu: Gpu) -> _Images:
+    """As data/loader.py has them. With data.decoder=auto DALI is taken to be installed. Of a CPU no bytes: there they
+    are the loader's, and its device has no memory of its own."""
+    data, vision = cfg.data, cfg.model.vision
+    number = cfg.train.global_batch_size * sharing_ranks(cfg) // num_gpus * data.frames
+    threads = data.decoder != "pillow"  # also of videos, which no GPU decodes
+    on_gpu = threads and data.frames == 1
+    batch = f.image_bytes(vision, number)
+    held = batch * f.batches_held(data.num_workers, on_gpu, threads)
+    seconds = f.decoding_seconds(gpu, number, data.num_workers, on_gpu)
+    if not gpu.transformer_engine:
+        return _Images(number, False, 0, 0, 0, seconds, data.num_workers > 0)
+    host = 0 if on_gpu else held
+    return _Images(number, on_gpu, held if on_gpu else 0, batch if on_gpu else 0, host, seconds, data.num_workers > 0)
 
 
 class _Step:
@@ -179,8 +231,12 @@ class _Step:
                 patches = teacher.vision.num_patches
                 one = self._tower("teacher", teacher.vision, axes.teacher, teacher.embed_dim, 1 + patches, False)
                 self.teacher = replace(one, out_rows=patches)
-        images = cfg.data.frames * cfg.train.global_batch_size
-        notes.append(f"decoding is not counted: it must give each step's {images:,} images in a step's time")
+        images = self.images = _images(cfg, num_gpus, gpu)
+        how = "by DALI (assumed)" if images.on_gpu else "in its workers (measured on a CPU)"
+        notes.append(
+            f"each GPU decodes {images.number:,} images a step, {images.number / images.seconds:,.0f} a second {how}, "
+            + ("behind it" if images.hidden else "before it")
+        )
         self.notes = tuple(notes)
 
     def _tower(
@@ -225,25 +281,27 @@ class _Step:
                 parts["gradients"] += f.gradient_bytes(count)
                 average = cfg.optim.ema_decay is not None
                 parts["optimizer"] += f.optimizer_bytes(count, cfg.train.precision, self._shards(tower), average)
-            parts["communication"] = max(
-                parts["communication"], f.gathered_bytes(tower.section, tower.work, tower.axes.tp_comm_overlap)
-            )
+            parts["communication"] = max(parts["communication"], tower.gathered)
         if self.teacher is not None:
             parts["teacher"] = self.teacher.parameters(0) * number
-        moment, parts["activations"], parts["loss"] = max(self._moments(stage), key=lambda one: one[1] + one[2])
-        reserved = int(self.gpu.reserved_gib * f.GIB)
-        parts["margin"] = reserved + int(self.gpu.fragmentation * (parts["activations"] + parts["loss"]))
+            parts["communication"] = max(parts["communication"], self.teacher.gathered)
+        parts["images"] = self.images.held
+        moment, activations, loss = max(self._moments(stage), key=lambda one: one[1] + one[2])
+        parts["activations"], parts["loss, features"] = activations, loss
+        reserved = int(self.gpu.reserved_gib * f.GIB) + self.images.dali
+        parts["margin"] = reserved + int(self.gpu.fragmentation * (activations + loss))
         return StageBytes(stage, self.vision.chunks[stage], parts, moment)
 
     def _moments(self, stage: int) -> Iterator[tuple[str, int, int]]:
         """(name, activations, loss) of the moments that may be the worst, in the order of a step."""
         number, vision, text = self.vision.work.number, self.vision, self.text
-        backward = vision.kept[stage] + vision.backward_work(stage)
+        kept = vision.kept_on(stage)
+        backward = kept + vision.backward_work(stage)
         if not self.contrastive:
             masked, width = self.masked * vision.work.sequences, vision.section.hidden_size
             targets = self.masked * vision.rows * vision.out_dim * number
             if self.teacher is not None:
-                yield "the teacher's pass", self.teacher.forward_work, targets
+                yield "the teacher's pass", self.teacher.forward_work + self._sent_pixels(self.teacher), targets
             last = stage == vision.axes.pp - 1
             loss = f.distillation_bytes(masked, width, vision.out_dim, number) if last else 0
             yield "backward of the student", backward, targets + loss
@@ -256,8 +314,8 @@ class _Step:
         features = f.feature_bytes(samples, embed, number) + f.feature_bytes(texts, embed, number)
         # Graphs that a tower in one pass keeps from its forward to its backward pass.
         text_graph = text.kept[0] if text.one_pass else 0
-        graph = vision.kept[stage] if vision.one_pass else 0
-        forward = max(graph, vision.forward_work)
+        graph = kept if vision.one_pass else 0
+        forward = max(graph, vision.forward_work + self._sent_pixels(vision))
         if vision.axes.pp > 1:
             forward += 2 * f.layer_input_bytes(vision.section, vision.work)
         yield "the first pass of vision", text_graph + forward, features
@@ -267,6 +325,12 @@ class _Step:
             yield "backward of text", text.kept[0] + text.backward_work(0) + graph, features
         if vision.trained:
             yield "backward of vision", backward, features
+
+    def _sent_pixels(self, tower: Tower) -> int:
+        """fp32 pixels of a microbatch that came from the host, there while the tower goes forward from its own copy."""
+        if not self.images.host_bytes or tower.work.number == 4 or not isinstance(tower.section, VisionSection):
+            return 0
+        return f.image_bytes(tower.section, tower.work.sequences)
 
     @property
     def host_bytes(self) -> int:
@@ -330,6 +394,7 @@ class _Step:
             add("optimizer", f.update_seconds(self.gpu, count / self._shards(tower), self.cfg.optim.name, average))
         if self.gpu.slowdown > 1:
             add("everything else (fitted)", sum(parts.values()) * (self.gpu.slowdown - 1))
+        add("data", self._data_seconds(sum(parts.values())))
         return PhaseSeconds(self.phase, parts, self._model_flops(), executed)
 
     def _stage_transfer(self, tower: Tower) -> float:
@@ -350,6 +415,20 @@ class _Step:
         add("loss", matmul + f.memory_seconds(gpu, local * batch * (8 + 2 * 12)))
         whole = 2 * batch * embed * self.vision.work.number
         add("feature gather", f.collective_seconds(gpu, whole, self.num_gpus, gpu.gpus_per_node))
+
+    def _data_seconds(self, rest: float) -> float:
+        """What decoding adds to a step that otherwise takes `rest`; and the way of pixels to the GPU, which every pass
+        over them waits for."""
+        images = self.images
+        waited = max(0.0, images.seconds - rest) if images.hidden else images.seconds
+        if images.on_gpu:
+            return waited
+        passes = sum(
+            one.rows * (1 if one.one_pass or not self.contrastive or not one.trained else 2)
+            for one in (self.vision, self.teacher)
+            if one is not None
+        )
+        return waited + f.image_bytes(self.cfg.model.vision, passes) / (self.gpu.host_gb_s * 1e9)
 
     def _sequences(self, tower: Tower) -> int:
         return self.cfg.train.global_batch_size * (self.cfg.data.frames if tower is self.vision else 1)

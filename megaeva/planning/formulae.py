@@ -18,6 +18,8 @@ GIB = 1 << 30
 # Of a layer's forward pass: linears, norms, attention, activation, sums, casts; counted in layer.py's calls.
 _KERNELS = 20
 _TILE_ROWS, _TILE_COLUMNS = 4096, 8192  # csrc/contrastive/contrastive_cuda_launch.cpp
+# `make bench-data` (benchmarks/log.md): 1,016 JPEGs of 512 pixels a second in two worker processes, a core for each.
+_DECODED_BY_WORKER = 508.0
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -305,6 +307,26 @@ def distillation_bytes(masked: int, width: int, out_dim: int, e: int) -> int:
     return masked * (2 * width * e + out_dim * (2 * e + 4 * 4))
 
 
+# ----------------------------------------------------------------------------------------------- bytes of the images
+
+
+def image_bytes(section: VisionSection, images: int) -> int:
+    """Decoded and normalised: fp32, three colours (data/batch.py)."""
+    return 12 * section.image_size**2 * images
+
+
+def batches_held(workers: int, on_gpu: bool, threads: bool) -> int:
+    """Batches of a data block that a rank holds beside a step's work.
+
+    The trainer's own, and if a thread builds them (data/loader.py, _Thread) two that wait and the one it has in hand;
+    DALI's copy of that one besides, while its output is put in place. Of worker processes, each two. Without workers
+    the trainer decodes, between steps.
+    """
+    if workers == 0:
+        return 1
+    return 4 + on_gpu if threads else 1 + 2 * workers
+
+
 # ------------------------------------------------------------------------------------------------------------ FLOPs
 
 
@@ -483,6 +505,11 @@ def shown_seconds(transfer: float, beside: float, gpu: Gpu) -> float:
     """What a transfer of that many seconds adds to the work it overlaps with: all that does not fit beside it, and at
     least what cannot be hidden."""
     return max(transfer * (1 - gpu.hidden_share), transfer - beside)
+
+
+def decoding_seconds(gpu: Gpu, images: int, workers: int, on_gpu: bool) -> float:
+    """Of so many images on one rank: by DALI on the GPU, or in worker processes that have a core each."""
+    return images / (gpu.decoded_images_s if on_gpu else _DECODED_BY_WORKER * max(1, workers))
 
 
 def update_seconds(gpu: Gpu, trained: float, name: str, average: bool) -> float:

@@ -2,15 +2,17 @@
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from megaeva.config.schema import Section
 from megaeva.errors import ConfigError
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(gt=0, le=1)]
 
 _EXAMPLE = "\n".join(
     [
@@ -32,14 +34,15 @@ class Gpu(Section):
     """
 
     name: str
-    memory_gib: float = Field(gt=0, description="as torch's out-of-memory messages give the capacity")
-    memory_gb_s: float = Field(gt=0)
-    peak_tflops: dict[Precision, float] = Field(description="dense matrix products")
-    link_gb_s: float = Field(gt=0, description="to other GPUs of the node, one direction")
-    network_gb_s: float = Field(gt=0, description="of one GPU to other nodes, one direction")
+    memory_gib: _Positive = Field(description="as torch's out-of-memory messages give the capacity")
+    memory_gb_s: _Positive
+    peak_tflops: dict[Precision, _Positive] = Field(min_length=1, description="dense matrix products")
+    link_gb_s: _Positive = Field(description="to other GPUs of the node, one direction")
+    network_gb_s: _Positive = Field(description="of one GPU to other nodes, one direction")
     gpus_per_node: int = Field(8, ge=1)
-    matmul_share: dict[int, float] = Field(
+    matmul_share: dict[PositiveInt, _Share] = Field(
         {128: 0.08, 256: 0.18, 512: 0.36, 1024: 0.56, 2048: 0.70, 4096: 0.78, 8192: 0.80},
+        min_length=1,
         description="of the peak, by the smallest of a product's three sizes; between them by its logarithm",
     )
     fp8_share: float = Field(0.80, gt=0, le=1, description="FP8 reaches this share of `matmul_share` (casts, scales)")
@@ -51,6 +54,8 @@ class Gpu(Section):
         5.0, ge=0, description="of one kernel: a layer takes at least that for each of its kernels"
     )
     hidden_share: float = Field(0.8, ge=0, le=1, description="of a transfer that can be behind what it overlaps with")
+    host_gb_s: _Positive = Field(20.0, description="from the host's memory, of tensors that are not pinned; assumed")
+    decoded_images_s: _Positive = Field(3000.0, description="JPEGs that DALI decodes on one GPU; assumed")
     slowdown: float = Field(1.0, ge=1, description="of everything; what no formula says. Fitted or 1")
     reserved_gib: float = Field(
         2.0, ge=0, description="CUDA context, cuBLAS workspaces, NCCL's buffers of a dozen groups; assumed"
@@ -108,17 +113,18 @@ def find_gpu(name: str) -> Gpu:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _read(path)
-    near = difflib.get_close_matches(name.lower(), GPUS, n=2, cutoff=0.3) or list(GPUS)
+    near = difflib.get_close_matches(name.lower(), GPUS, n=2, cutoff=0.3)
+    meant = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ConfigError(
-        f"--gpu {name} is not a known GPU ({', '.join(GPUS)}); it must be one of them or a YAML file; did you mean "
-        f"{' or '.join(near)}? Another one is described in a file, --gpu my-gpu.yaml, with:\n{_EXAMPLE}"
+        f"--gpu {name} is not a known GPU ({', '.join(GPUS)}); it must be one of them or a YAML file{meant} "
+        f"Another one is described in a file, --gpu my-gpu.yaml, with:\n{_EXAMPLE}"
     )
 
 
 def _read(path: Path) -> Gpu:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--gpu {path} cannot be read ({error}); it must be YAML; write for example:\n{_EXAMPLE}"
         ) from None

@@ -25,6 +25,8 @@ def plan_lines(plan: Plan) -> list[str]:
     lines += [f"note: {note}" for note in plan.notes]
     if plan.host_bytes:
         lines.append(f"note: asynchronous saves copy {in_bytes(plan.host_bytes)} a GPU into the host's memory")
+    if plan.host_image_bytes:
+        lines.append(f"note: images decoded on the CPU take up to {in_bytes(plan.host_image_bytes)} a GPU there")
     lines.append("note: efficiencies are assumed, nothing was measured; see --calibration")
     if gpu.slowdown > 1:
         lines.append(f"note: all is {gpu.slowdown:g} times slower than they say, fitted to a published run")
@@ -45,7 +47,9 @@ def _layout(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    stages = plan.stages if len(plan.stages) <= _FEW_STAGES else (plan.stages[0], plan.stages[1], plan.stages[-1])
+    stages = plan.stages
+    if len(stages) > _FEW_STAGES:
+        stages = tuple(stages[i] for i in sorted({0, 1, plan.worst.stage, len(stages) - 1}))
     names = [part for part in PARTS if any(stage.parts[part] for stage in stages)]
     rows: list[tuple[str, ...]] = [("GiB on a rank", *(_title(plan, stage) for stage in stages))]
     rows += [(part, *(_gib(stage.parts[part]) for stage in stages)) for part in names]
@@ -116,6 +120,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "samples_per_second": plan.samples_per_second,
         "mfu": plan.mfu,
         "host_bytes_of_a_save": plan.host_bytes,
+        "host_bytes_of_images": plan.host_image_bytes,
         "notes": list(plan.notes),
     }
 
@@ -137,7 +142,7 @@ def write_plot(plan: Plan, path: Path) -> None:
     """Nothing; writes a picture of each stage's memory by part, in the format of the file's suffix.
 
     Raises:
-        UserError: matplotlib is not installed, or has no such format.
+        UserError: matplotlib is not installed, or has no format of this suffix.
     """
     try:
         import matplotlib
@@ -149,6 +154,13 @@ def write_plot(plan: Plan, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(max(5.0, 1.5 + 0.6 * len(plan.stages)), 4.5), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        pyplot.close(figure)
+        raise UserError(
+            f"--plot {path} names no format that matplotlib writes; it must end in one of "
+            f"{', '.join(f'.{name}' for name in sorted(formats))}; use e.g. .png or .svg."
+        )
     bottoms = [0.0] * len(plan.stages)
     for part in PARTS:
         heights = [stage.parts[part] / GIB for stage in plan.stages]
@@ -161,9 +173,5 @@ def write_plot(plan: Plan, path: Path) -> None:
     axes.set_ylabel("GiB on a rank")
     axes.set_title(f"{Path(plan.cfg.run_dir).name} on {plan.num_gpus} x {plan.gpu.name}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UserError(f"--plot {path} must end in a format of matplotlib ({error}); use e.g. .png or .svg.") from None
-    finally:
-        pyplot.close(figure)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import groupby, islice, product
 from typing import Any
 
 from megaeva.config.layout import text_tp_choices, vision_tp_choices
 from megaeva.config.problem import divisors
 from megaeva.config.schema import Config, ModelSection, ParallelSection
-from megaeva.config.topology import microbatches
+from megaeva.config.topology import microbatches, virtual_stages
 from megaeva.config.validate import RULES, problems
 from megaeva.config.world import world_fault
 from megaeva.planning.estimate import Plan, plan
@@ -18,16 +18,16 @@ from megaeva.planning.gpus import GPUS, Gpu, Precision
 from megaeva.planning.table import columns, in_bytes
 
 _NUM_SHOWN = 5
-_MOST_MICRO_BATCHES = 5  # sizes tried for a layout: the largest that fits and its neighbours matter
 
 
 @dataclass
 class Family:
-    """Layouts of one tp x pp, none of which can run.
+    """Layouts of one tp x pp.
 
     Attributes:
         nearest: the plan that takes least memory; None where the rules refuse all.
         refusal: of the rules.
+        fits: whether one of its plans does.
     """
 
     tp: int
@@ -44,6 +44,7 @@ class Search:
     Attributes:
         best: plans that fit, the fewest days first.
         tried: layouts that were planned or refused.
+        left_out: why sizes and precisions were not tried, a line each.
     """
 
     cfg: Config
@@ -53,47 +54,87 @@ class Search:
     best: list[Plan] = field(default_factory=list)
     families: list[Family] = field(default_factory=list)
     tried: int = 0
+    left_out: list[str] = field(default_factory=list)
 
 
 def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = None) -> Search:
     """Every tp, pp, vpp, second tower's tp, micro batch, recompute and precision that makes sense, planned.
 
     tp stays within a node; sequence parallelism goes with it; the text tower's tp divides the vision tower's. Global
-    batch and samples are the recipe's. Sizes of a micro batch are the smallest and those nearest to 8, 16, ... 1024,
-    growing until one does not fit.
+    batch and samples are the recipe's. Sizes of a micro batch are the smallest, those nearest to 8, 16, ... 1024 and
+    the largest, which without a pipeline is one pass; they grow until one does not fit. Of each the least recomputation
+    that fits: none, of attention, of the fewest first layers of a stage, of all; more costs time and gains nothing.
     """
-    found = Search(cfg, num_gpus, gpu, teacher)
+    found = Search(cfg, num_gpus, gpu, teacher, left_out=_left_out(cfg, gpu))
     plans: list[Plan] = []
-    for tp, pp in product(_tp_choices(vision_tp_choices(cfg), gpu), _pp_choices(cfg, num_gpus)):
+    for tp, pp in product(_tp_choices(vision_tp_choices(cfg), gpu), _pp_choices(cfg)):
         family = Family(tp, pp)
         found.families.append(family)
+        if num_gpus % (tp * pp):
+            found.tried += 1
+            family.refusal = f"tp x pp does not divide {num_gpus} GPUs"
+            continue
         for candidate in _layouts(cfg, tp, pp, gpu):
             fault = _refusal(_with(candidate, "train", micro_batch_size=1), num_gpus)
-            for micro in _micro_batches(candidate, num_gpus) if fault is None else ():
-                sized = _with(candidate, "train", micro_batch_size=micro)
+            if fault is not None:
                 found.tried += 1
+                family.refusal = family.refusal or fault
+                continue
+            for micro in _micro_batches(candidate, num_gpus):
+                sized = _with(candidate, "train", micro_batch_size=micro)
                 if world_fault(sized, num_gpus) is not None:  # the other rules know no micro batch that divides
+                    found.tried += 1
                     continue
-                one = plan(sized, num_gpus, gpu, teacher)
-                if family.nearest is None or one.worst.total < family.nearest.worst.total:
-                    family.nearest = one
-                if not one.fits:
+                fitting = _least_recompute(found, family, sized)
+                if fitting is None:
                     break  # a larger one takes more
-                family.fits = True
-                plans.append(one)
-            found.tried += fault is not None
-            family.refusal = family.refusal or fault or ""
+                plans.append(fitting)
     found.best = _distinct(sorted(plans, key=lambda one: one.days))
     return found
 
 
+def _least_recompute(found: Search, family: Family, cfg: Config) -> Plan | None:
+    """The plan that fits with least computed again; None if none does."""
+
+    def tried(recompute: Any) -> Plan:
+        found.tried += 1
+        one = plan(_recomputing(cfg, recompute), found.num_gpus, found.gpu, found.teacher)
+        if family.nearest is None or one.worst.total < family.nearest.worst.total:
+            family.nearest = one
+        family.fits = family.fits or one.fits
+        return one
+
+    for recompute in ("none", "selective"):
+        if (one := tried(recompute)).fits:
+            return one
+    best = tried("full")
+    if not best.fits:
+        return None
+    axes = cfg.parallel.vision
+    few, enough = 0, max(len(stage) for stage in virtual_stages(axes, cfg.model.vision.num_layers))
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if (one := tried(middle)).fits:
+            best, enough = one, middle
+        else:
+            few = middle
+    return best
+
+
+def _recomputing(cfg: Config, recompute: Any) -> Config:
+    parallel = _updated(cfg.parallel, "vision", {"recompute": recompute})
+    if cfg.task == "contrastive":
+        parallel = _updated(parallel, "text", {"recompute": recompute if isinstance(recompute, str) else "full"})
+    return cfg.model_copy(update={"parallel": parallel})
+
+
 def _distinct(plans: Sequence[Plan]) -> list[Plan]:
-    """The first few, one of each tp, pp and precision, with and without all layers recomputed."""
+    """The first few, one of each tp, pp and precision, with and without layers recomputed."""
     seen: set[tuple[Any, ...]] = set()
     chosen = []
     for one in plans:
         axes = one.cfg.parallel.vision
-        key = (axes.tp, axes.pp, axes.recompute == "full", one.cfg.train.precision)
+        key = (axes.tp, axes.pp, axes.recompute in ("none", "selective"), one.cfg.train.precision)
         if key not in seen:
             seen.add(key)
             chosen.append(one)
@@ -104,26 +145,49 @@ def _tp_choices(choices: Sequence[int], gpu: Gpu) -> list[int]:
     return [tp for tp in choices if tp <= gpu.gpus_per_node and gpu.gpus_per_node % tp == 0]
 
 
-def _pp_choices(cfg: Config, num_gpus: int) -> list[int]:
-    return [pp for pp in divisors(num_gpus) if pp <= min(cfg.model.vision.num_layers, 16)]
+def _pp_choices(cfg: Config) -> range:
+    return range(1, cfg.model.vision.num_layers + 1)
+
+
+def _precisions(cfg: Config, gpu: Gpu) -> list[Precision]:
+    """The recipe's, and of bf16 and FP8 the other if the GPU has it."""
+    also: tuple[Precision, ...] = ("bf16", "fp8") if cfg.train.precision in ("bf16", "fp8") else ()
+    return [one for one in dict.fromkeys((cfg.train.precision, *also)) if one in gpu.peak_tflops]
+
+
+def _left_out(cfg: Config, gpu: Gpu) -> list[str]:
+    choices = vision_tp_choices(cfg)
+    beyond = [tp for tp in choices if tp not in _tp_choices(choices, gpu)]
+    lines = []
+    if beyond:
+        lines.append(f"tp={','.join(map(str, beyond))}: a node of {gpu.gpus_per_node} GPUs is not made of such groups")
+    others = [str(tp) for tp in range(2, gpu.gpus_per_node + 1) if gpu.gpus_per_node % tp == 0 and tp not in choices]
+    if others:
+        vision = cfg.model.vision
+        lines.append(
+            f"tp={','.join(others)}: must divide num_heads={vision.num_heads} and "
+            f"ffn_hidden_size={vision.ffn_hidden_size} of the vision tower"
+        )
+    if cfg.train.precision not in ("bf16", "fp8"):
+        lines.append(
+            f"precision: {cfg.train.precision} as in the recipe; bf16 and FP8 are tried of recipes in one of them"
+        )
+    elif "fp8" not in gpu.peak_tflops:
+        lines.append(f"fp8: {gpu.name} does not multiply in it")
+    return lines
 
 
 def _layouts(cfg: Config, tp: int, pp: int, gpu: Gpu) -> Iterator[Config]:
-    """Recipes with these axes, not checked, of every vpp, recompute, second tp and precision."""
+    """Recipes with these axes, not checked, of every vpp, second tp and precision."""
     layers = cfg.model.vision.num_layers
     vpps = [1] if pp == 1 else [vpp for vpp in (1, 2, 3, 4, 6) if layers % (pp * vpp) == 0] or [1]
-    precisions: list[Precision] = [cfg.train.precision]
-    if cfg.train.precision == "bf16" and "fp8" in gpu.peak_tflops:
-        precisions.append("fp8")
-    for vpp, recompute, second, precision in product(
-        vpps, ("none", "selective", "full"), _second_choices(cfg, tp, gpu), precisions
-    ):
-        vision = {"tp": tp, "sequence_parallel": tp > 1, "pp": pp, "vpp": vpp, "recompute": recompute}
+    for vpp, second, precision in product(vpps, _second_choices(cfg, tp, gpu), _precisions(cfg, gpu)):
+        vision = {"tp": tp, "sequence_parallel": tp > 1, "pp": pp, "vpp": vpp, "recompute": "none"}
         if cfg.parallel.vision.tp_comm_overlap and tp == 1:
             vision["tp_comm_overlap"] = False
         parallel = _updated(cfg.parallel, "vision", vision | {"layers_per_stage": None})
         if cfg.task == "contrastive":
-            values = {"tp": second, "sequence_parallel": second > 1, "recompute": recompute}
+            values = {"tp": second, "sequence_parallel": second > 1, "recompute": "none"}
             parallel = _updated(parallel, "text", values)
         else:
             parallel = _updated(parallel, "teacher", {"tp": second})
@@ -146,7 +210,7 @@ def _micro_batches(cfg: Config, num_gpus: int) -> list[int]:
         sizes = [size for size in sizes if share // size >= 2 * cfg.parallel.vision.pp] or sizes[:1]
     wanted = (8, 16, 32, 64, 128, 256, 512, 1024)
     near = {min(sizes, key=lambda size: abs(size - want)) for want in wanted}
-    return sorted({sizes[0], *near})
+    return sorted({sizes[0], sizes[-1], *near})
 
 
 def _refusal(cfg: Config, num_gpus: int) -> str | None:
@@ -170,7 +234,7 @@ def _updated(parallel: ParallelSection, name: str, values: dict[str, Any]) -> Pa
 
 def overrides(cfg: Config, recipe: Config) -> list[str]:
     """`key.path=value` that make of the recipe this layout of it."""
-    old, new = (_leaves(one.model_dump(include={"parallel", "train"})) for one in (recipe, cfg))
+    old, new = (_leaves(one.model_dump(include={"parallel", "train", "data"})) for one in (recipe, cfg))
     return [f"{key}={json.dumps(value)}".replace('"', "") for key, value in new.items() if value != old[key]]
 
 
@@ -196,8 +260,9 @@ def search_lines(found: Search) -> list[str]:
         changes = overrides(found.best[0].cfg, found.cfg)
         lines += ["the first, to paste:", *_wrapped(changes)] if changes else ["the first is the recipe's own layout"]
     rejected = [family for family in found.families if not family.fits]
-    if rejected:
-        lines += ["", "not possible:", *_reasons(rejected, found.gpu)]
+    if rejected or found.left_out:
+        lines += ["", "not possible:", *_reasons(rejected, found.gpu), *_advice(rejected)]
+        lines += [f"  {line}" for line in found.left_out]
     return lines
 
 
@@ -238,8 +303,23 @@ def _reasons(rejected: Sequence[Family], gpu: Gpu) -> list[str]:
         for family in rejected:
             if family.tp == tp and family.nearest is None:
                 by_rule.setdefault(family.refusal or "no micro batch divides the share", []).append(family.pp)
-        lines += [f"  tp={tp} pp={','.join(map(str, pps))}: {text}" for text, pps in by_rule.items()]
+        lines += [f"  tp={tp} pp={_spans(pps)}: {text}" for text, pps in by_rule.items()]
     return lines
+
+
+def _advice(rejected: Sequence[Family]) -> list[str]:
+    """What else would make room."""
+    plans = [family.nearest for family in rejected if family.nearest is not None]
+    if any(one.worst.parts["images"] > one.worst.total - one.capacity for one in plans):
+        return ["  images: of all ranks that share samples, decoded on the GPU; with data.decoder=pillow on the host"]
+    return []
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """The text "2,4-8" of ascending numbers."""
+    places = enumerate(numbers)
+    parts = [[n for _, n in group] for _, group in groupby(places, key=lambda entry: entry[1] - entry[0])]
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _nothing_fits(found: Search) -> list[str]:
@@ -287,6 +367,8 @@ def remedies(one: Plan, teacher: ModelSection | None) -> list[str]:
     layouts = (one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)}) for values in cuts)
     share, _ = microbatches(one.cfg, axes, one.num_gpus)
     smaller = (_with(one.cfg, "train", micro_batch_size=size) for size in reversed(divisors(share)) if size < share)
-    ways = [*filter(fits, layouts), *islice(filter(fits, smaller), 1)]
+    decoder = one.cfg.model_copy(update={"data": one.cfg.data.model_copy(update={"decoder": "pillow"})})
+    on_host = [decoder] if one.worst.parts["images"] else []
+    ways = [*filter(fits, on_host), *filter(fits, layouts), *islice(filter(fits, smaller), 1)]
     lines = [f"it would fit with: {' '.join(overrides(cfg, one.cfg))}" for cfg in ways]
     return lines or ["no single change makes it fit; try --search"]

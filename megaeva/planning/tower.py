@@ -53,15 +53,21 @@ class Tower:
 
     def parameters(self, rank: int) -> int:
         """On a rank of this pipeline rank."""
-        count = sum(map(len, self.chunks[rank])) * f.layer_parameters(self.section, self.axes.tp)
+        count = sum(map(len, self.chunks[rank])) * self._layer_parameters
         if rank == 0:
             count += f.first_parameters(self.section, self.axes.tp) + self.extra_first
         if rank == self.axes.pp - 1:
             count += f.last_parameters(self.section, self.out_dim, self.head_bias)
         return count
 
+    @cached_property
+    def _layer_parameters(self) -> int:
+        return f.layer_parameters(self.section, self.axes.tp)
+
     def fp8_bytes(self, rank: int) -> int:
         """Of copies of weights."""
+        if not self._fp8_names:
+            return 0
         sizes = {name: i * o for name, (i, o) in features_on_rank(self.section, self.axes.tp).items()}
         kinds = [kind for chunk in self.chunks[rank] for kind in self.kinds(chunk)]
         return f.fp8_weight_bytes(sum(number * sizes[name] for names, number in kinds for name in names))
@@ -78,9 +84,10 @@ class Tower:
     @cached_property
     def kept(self) -> list[int]:
         """Of each pipeline rank, for all its microbatches in flight at the most."""
-        return [self._kept_on(rank) for rank in range(self.axes.pp)]
+        return [self.kept_on(rank) for rank in range(self.axes.pp)]
 
-    def _kept_on(self, rank: int) -> int:
+    def kept_on(self, rank: int) -> int:
+        """One of `kept`."""
         boundary = f.layer_input_bytes(self.section, self.work)
         costs = []
         for index, chunk in enumerate(self.chunks[rank]):
@@ -99,9 +106,18 @@ class Tower:
         layers are not, what they kept, at least one layer's, has been freed by then."""
         whole = any(chunk and self._num_recomputed(chunk) == len(chunk) for chunk in self.chunks[rank])
         again = max(self._kept.values()) if whole else 0
-        return again + f.working_bytes(self.section, self.work, backward=True)
+        return again + self._backward_work
 
-    @property
+    @cached_property
+    def _backward_work(self) -> int:
+        return f.working_bytes(self.section, self.work, backward=True)
+
+    @cached_property
+    def gathered(self) -> int:
+        """Of the sequence that a column linear gathers."""
+        return f.gathered_bytes(self.section, self.work, self.axes.tp_comm_overlap)
+
+    @cached_property
     def forward_work(self) -> int:
         """Of a pass without gradients."""
         edge = f.embedding_bytes(self.section, self.work) + f.layer_input_bytes(self.section, self.work)

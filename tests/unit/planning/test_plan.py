@@ -60,7 +60,24 @@ def test_the_published_run_of_18b_is_feasible(found: Search) -> None:
     assert not whole.fits
     lines = search_lines(found)
     assert any("tp=1 pp=1:" in line and "of 39.4 at the least" in line and "gradients" in line for line in lines)
-    assert any("360 processes must be a multiple of 64" in line for line in lines)
+    assert any(line.startswith("  tp=8 pp=2,4,6-8,") and "does not divide 360 GPUs" in line for line in lines)
+    assert any(line.startswith("  tp=5,10,20,40: ") for line in lines)
+    assert "  fp8: a100-40 does not multiply in it" in lines
+    rejected = {(family.tp, family.pp) for family in found.families if not family.fits}
+    assert rejected >= {(1, 45), (8, 45)}, "as deep as the tower"
+
+
+def test_a_search_recomputes_no_more_layers_than_it_must() -> None:
+    recipe = load(RECIPES / "clip_eva02_b16.yaml")
+    found = search(recipe, 64, GPUS["a100-40"])
+    best = found.best[0]
+    layers = best.cfg.parallel.vision.recompute
+    assert isinstance(layers, int) and 1 < layers < recipe.model.vision.num_layers
+    assert best.cfg.train.micro_batch_size == 2048, "the whole share of a GPU, in one pass"
+    assert best.days < plan(recipe, 64, GPUS["a100-40"]).days, "the recipe recomputes all"
+    changes = [*overrides(best.cfg, recipe), f"parallel.vision.recompute={layers - 1}"]
+    assert not plan(load(RECIPES / "clip_eva02_b16.yaml", changes), 64, GPUS["a100-40"]).fits
+    assert any("data.decoder=pillow" in line for line in search_lines(found))
 
 
 def test_a_layout_that_was_found_is_a_recipe(found: Search) -> None:
@@ -96,7 +113,20 @@ def test_files(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["layers"] for stage in values["stages"]] == ["0-15", "16-31", "32-47"]
     assert values["stages"][0]["total_bytes"] == sum(values["stages"][0]["bytes"].values())
-    assert "activations" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size > 10_000
+    assert (tmp_path / "plan.svg").stat().st_size > 10_000
+
+
+def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -> None:
+    def run(**paths: Path) -> None:
+        run_plan(EVA_18B, [], 360, "a100-40", **paths)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"--json .*/nope/plan.json lies in .*/nope, which is no folder; it must be "):
+        run(json_path=tmp_path / "nope" / "plan.json")
+    with pytest.raises(UserError, match=r"--plot .* is a folder; "):
+        run(plot_path=tmp_path)
+    for name in ("plan.txt", "plan"):
+        with pytest.raises(UserError, match=r"--plot .*must end in one of .*\.png"):
+            run(plot_path=tmp_path / name)
 
 
 def test_a_teacher_is_that_of_the_recipe_that_makes_it(tmp_path: Path) -> None:
@@ -126,6 +156,15 @@ def test_gpus(tmp_path: Path) -> None:
         find_gpu(str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         find_gpu(str(tmp_path / "absent.yaml"))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find_gpu(str(path))
+    path.write_text(
+        "memory_gib: 24\nmemory_gb_s: .inf\nlink_gb_s: 30\nnetwork_gb_s: 3\npeak_tflops: {bf16: -1}\n"
+        "matmul_share: {0: 0.5, 128: 3}\n"
+    )
+    with pytest.raises(ConfigError, match=r"memory_gb_s: .*peak_tflops.bf16: .*matmul_share.0.*matmul_share.128"):
+        find_gpu(str(path))
 
 
 def test_a_precision_that_the_gpu_lacks() -> None:
