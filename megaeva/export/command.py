@@ -1,13 +1,11 @@
 """`megaeva convert`: a conversion, or ONNX graphs, and what other implementations make of the result."""
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaeva.checkpoint.convert.command import MEGAEVA, convert, open_in_ours
+from megaeva.checkpoint.convert.command import MEGAEVA, convert, find_format, open_in_ours
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.destination import refuse_existing
-from megaeva.checkpoint.convert.format import formats
 from megaeva.checkpoint.convert.resize import Method, resized
 from megaeva.checkpoint.convert.vocabulary import exported_text, vocabulary_notes
 from megaeva.config.schema import ModelSection
@@ -41,7 +39,7 @@ def run_convert(
     Raises:
         UserError: the source, the destination or the pair of them; says which, what must be and what to do.
     """
-    _require_known(to)
+    find_format(to, ONNX)
     if to == ONNX:
         refuse_existing(destination)
         weights, what, source_format, notes = open_in_ours(source, model, averaged=averaged)
@@ -76,16 +74,6 @@ def run_convert(
         what = report.contents
     if check:
         yield from _check(source, model, averaged, destination, to, what)
-
-
-def _require_known(to: str) -> None:
-    known = [MEGAEVA, *(form.name for form in formats()), ONNX]
-    if to not in known:
-        near = difflib.get_close_matches(to.lower(), known, n=2, cutoff=0.5)
-        raise CheckpointError(
-            f"--to {to} is not a known format; it must be one of {', '.join(known)}; "
-            + (f"did you mean {' or '.join(near)}?" if near else "name one of them.")
-        )
 
 
 def _check(

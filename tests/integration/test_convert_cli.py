@@ -135,7 +135,7 @@ def test_onnx_on_a_full_disk_names_the_destination(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--to", "onxx"], "--to onxx is not a known format; it must be one of megaeva, eva, eva-mim, "),
+        (["--to", "onxx"], "format 'onxx' is not known; it must be one of megaeva, eva, eva-mim, "),
         (["--to", "onxx"], "did you mean onnx?"),
         (["--to", "hf_clip"], "did you mean hf-clip"),
         (["--to", "megaeva", "--variant", "EVA02-CLIP-B-61"], "did you mean EVA02-CLIP-B-16"),

@@ -18,7 +18,7 @@ from megaeva.checkpoint.convert.destination import refuse_existing
 from megaeva.checkpoint.convert.format import MAX_SHARD_BYTES, Format, formats
 from megaeva.checkpoint.convert.io import RunSink, open_source
 from megaeva.checkpoint.convert.resize import Method, resized
-from megaeva.checkpoint.convert.rules import Imported, exported, plan_export
+from megaeva.checkpoint.convert.rules import exported, plan_export
 from megaeva.checkpoint.convert.run_folder import RunSource, run_contents
 from megaeva.checkpoint.convert.streaming import Finite, stream
 from megaeva.checkpoint.tensors import TensorInfo, TensorSink, TensorSource
@@ -132,19 +132,20 @@ def convert(
     )
 
 
-def find_format(name: str) -> Format | None:
-    """The format of that name, None for megaeva's own.
+def find_format(name: str, *others: str) -> Format | None:
+    """The format of that name, None for megaeva's own and for `others`, which the caller knows.
 
     Raises:
         CheckpointError: there is none; names the nearest.
     """
     known = {form.name: form for form in formats()}
-    if name in known or name == MEGAEVA:
+    names = [MEGAEVA, *known, *others]
+    if name in names:
         return known.get(name)
-    near = difflib.get_close_matches(name, [MEGAEVA, *known], n=1)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     raise CheckpointError(
-        f"format {name!r} is not known; it must be one of {', '.join((MEGAEVA, *known))}"
-        + (f"; did you mean {near[0]}?" if near else "; name one of them.")
+        f"format {name!r} is not known; it must be one of {', '.join(names)}; "
+        + (f"did you mean {near[0]}?" if near else "name one of them.")
     )
 
 
@@ -173,10 +174,8 @@ def open_in_ours(
             _check_shapes(source, contents)
             return source, contents, MEGAEVA, []
         form = identify.recognise(source)
-        contents = identify.identify(source, form, model=model)
-        notes = [] if model is not None else identify.taken_by_name(source, form, contents)
-        imported = Imported(source, form.rules(contents, source.infos.keys()), ours.shapes(contents))
-        return imported, contents, form.name, notes
+        contents, notes = identify.settled(source, form, model)
+        return identify.in_ours(source, form, contents), contents, form.name, notes
     except BaseException:
         opened.close()
         raise

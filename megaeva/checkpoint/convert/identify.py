@@ -14,7 +14,7 @@ from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.eva import OF_DISTILLATION
 from megaeva.checkpoint.convert.format import Format, formats
 from megaeva.checkpoint.convert.ours import shapes
-from megaeva.checkpoint.convert.rules import differences
+from megaeva.checkpoint.convert.rules import Imported, differences
 from megaeva.checkpoint.tensors import TensorSource
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
@@ -79,6 +79,17 @@ def identify(source: TensorSource, form: Format, *, model: ModelSection | str | 
 def candidates(source: TensorSource, form: Format) -> list[str]:
     """Returns the published variants whose tables explain every tensor of the file, in the order of VARIANTS."""
     return [name for name in _possible(form) if _may_be(source, form, name) and not _faults(source, form, name)]
+
+
+def settled(source: TensorSource, form: Format, model: ModelSection | str | None) -> tuple[Contents, list[str]]:
+    """What `identify` returns, and the lines of `taken_by_name` where no model is given."""
+    what = identify(source, form, model=model)
+    return what, [] if model is not None else taken_by_name(source, form, what)
+
+
+def in_ours(source: TensorSource, form: Format, what: Contents) -> Imported:
+    """A file of `form`, in our names. Raises as `Imported`."""
+    return Imported(source, form.rules(what, source.infos.keys()), shapes(what))
 
 
 def taken_by_name(source: TensorSource, form: Format, what: Contents) -> list[str]:

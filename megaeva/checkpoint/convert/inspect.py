@@ -8,7 +8,6 @@ from megaeva.checkpoint.convert import identify, ours
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import open_source
-from megaeva.checkpoint.convert.rules import Imported
 from megaeva.checkpoint.convert.run_folder import RunSource, run_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.tensors import TensorInfo, TensorSource
@@ -62,9 +61,9 @@ def _file(source: TensorSource, model: ModelSection | str | None) -> Iterator[st
     yield f"variants whose tensors these could be: {', '.join(identify.candidates(source, form)) or 'none published'}"
     yield f"configuration beside it: {_beside(source, form)}"
     try:
-        what = identify.identify(source, form, model=model)
-        yield from (identify.taken_by_name(source, form, what) if model is None else ())
-        infos = Imported(source, form.rules(what, source.infos.keys()), ours.shapes(what)).infos
+        what, notes = identify.settled(source, form, model)
+        yield from notes
+        infos = identify.in_ours(source, form, what).infos
     except CheckpointError as error:
         yield f"model: not settled. {error}"
         return

@@ -207,7 +207,11 @@ def _not_explained(path: Path | str, faults: Sequence[str]) -> CheckpointError:
 
 
 class Imported:
-    """A source in their names as a source in ours, converted tensor by tensor as it is read (a `TensorSource`)."""
+    """A source in their names as a source in ours, converted tensor by tensor as it is read (a `TensorSource`).
+
+    Attributes:
+        dropped: tensors of theirs that hold no weight of ours, under their names.
+    """
 
     def __init__(self, source: TensorSource, rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Plans the import and checks the tensors that hold no weight.
@@ -219,6 +223,8 @@ class Imported:
         self.infos: Mapping[str, TensorInfo] = plan_import(rules, source.infos, shapes, source.path)
         self._source = source
         self._rules = {name: rule for rule in rules for name in rule.ours}
+        holding = {name for rule in rules if rule.ours and rule.ours[0] in self.infos for name in rule.theirs}
+        self.dropped = tuple(name for name in source.infos if name not in holding)
         for rule in rules:
             if not rule.ours and all(name in source.infos for name in rule.theirs) and rule.transform is not DROPPED:
                 held = [source.read(name) for name in rule.theirs]

@@ -8,12 +8,11 @@ from typing import Literal
 
 from megaeva.checkpoint import layout
 from megaeva.checkpoint.average import checkpoint_reader
-from megaeva.checkpoint.convert import identify, ours
+from megaeva.checkpoint.convert import identify
 from megaeva.checkpoint.convert.contents import Contents
 from megaeva.checkpoint.convert.format import Format
 from megaeva.checkpoint.convert.io import open_source
 from megaeva.checkpoint.convert.resize import PATCHES, POSITIONS
-from megaeva.checkpoint.convert.rules import Imported
 from megaeva.checkpoint.convert.run_folder import run_contents
 from megaeva.checkpoint.convert.streaming import Finite
 from megaeva.checkpoint.convert.vocabulary import CLIP_VOCABULARY
@@ -95,14 +94,11 @@ def open_weights(
             text = contents.model.text.model_copy(update={"vocab_size": model.text.vocab_size})
             contents = replace(contents, clip_ids=clip_ids, model=contents.model.model_copy(update={"text": text}))
             notes.append(f"text.token_embedding.weight: {len(clip_ids):,} of its {CLIP_VOCABULARY:,} rows")
-        rules = form.rules(contents, source.infos.keys())
-        imported = Imported(source, rules, ours.shapes(contents))
+        imported = identify.in_ours(source, form, contents)
     except BaseException:
         source.close()
         raise
-    holding = {name for rule in rules if rule.ours and rule.ours[0] in imported.infos for name in rule.theirs}
-    dropped = tuple(name for name in source.infos if name not in holding)
-    return Weights(imported, imported.infos, contents, form.name, tuple(notes), dropped)
+    return Weights(imported, imported.infos, contents, form.name, tuple(notes), imported.dropped)
 
 
 def _open_run(path: Path, averaged: bool) -> Weights:
@@ -120,8 +116,7 @@ def _identified(
 ) -> tuple[Contents, list[str]]:
     """What a file holds, and what has to be said about how that was found."""
     try:
-        contents = identify.identify(source, form)
-        return contents, identify.taken_by_name(source, form, contents)
+        return identify.settled(source, form, None)
     except CheckpointError as error:
         if model is None or form.read_config(source.path) is not None:
             raise
