@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -49,9 +49,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, also one without a finished checkpoint, or one of its checkpoints."""
+    """Whether a folder is a run's, also one without a finished checkpoint, or one of its checkpoints, perhaps gone."""
     names = (path / INFO_NAME, path / FOLDER_NAME, path / RECIPE_NAME)
-    return any(name.exists() for name in names) or bool(complete_checkpoints(path))
+    return any(name.exists() for name in names) or bool(complete_checkpoints(path)) or _is_named_as_one(path)
+
+
+def _is_named_as_one(path: Path) -> bool:
+    return path.parent.name == FOLDER_NAME and _STEP.fullmatch(path.name) is not None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -64,6 +68,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / INFO_NAME).is_file():
         return path
     found = complete_checkpoints(path / FOLDER_NAME) or complete_checkpoints(path)
+    if not found and not path.exists() and _is_named_as_one(path):
+        raise _gone(path)
     if not found:
         what = (
             "does not exist"
@@ -92,11 +98,12 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """megaeva.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, edited, or written by a newer megaeva.
+        CheckpointError: it is missing, damaged, edited, or written by a newer megaeva; or see `still_there`.
     """
     path = checkpoint / INFO_NAME
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        with still_there(checkpoint):
+            info = json.loads(path.read_text(encoding="utf-8"))
         written = int(info["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -115,6 +122,30 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
             f"the checkpoint is damaged or was edited, use another one of the run."
         )
     return info
+
+
+@contextmanager
+def still_there(checkpoint: Path) -> Iterator[None]:
+    """For opening files of a checkpoint that was found: says so where its run has deleted it since.
+
+    Raises:
+        CheckpointError: in place of an OSError, where the folder is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        if checkpoint.exists():
+            raise
+        raise _gone(checkpoint) from error
+
+
+def _gone(checkpoint: Path) -> CheckpointError:
+    others = [path.name for path in complete_checkpoints(checkpoint.parent)]
+    return CheckpointError(
+        f"checkpoint {checkpoint} is not there, or not any more: a run that goes on deletes all but its newest save.keep "
+        "checkpoints; one must stay until it is read; run the command again on the run folder, whose newest is taken"
+        + (f", or name another one ({', '.join(others)} here)." if others else ".")
+    )
 
 
 def read_model_section(path: str | Path) -> ModelSection:

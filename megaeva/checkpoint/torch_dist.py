@@ -356,7 +356,8 @@ class Reader:
     def _read_exactly(self, record: Record, target: memoryview, position: int) -> None:
         if record.file not in self._files:
             try:
-                self._files[record.file] = os.open(self.path / record.file, os.O_RDONLY)
+                with layout.still_there(self.path):
+                    self._files[record.file] = os.open(self.path / record.file, os.O_RDONLY)
             except OSError as error:
                 raise self._damage(record, f"the file cannot be opened: {error.strerror}") from error
         got = read_bytes(self._files[record.file], target, position)
@@ -383,7 +384,8 @@ def _read_index(folder: Path) -> tuple[dict[str, list[Record]], bool]:
     """The records by tensor, and whether they have checksums."""
     path = folder / _METADATA
     try:
-        raw = path.read_bytes()
+        with layout.still_there(folder):
+            raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error.strerror}; it must be what megaeva wrote; {_USE_ANOTHER}"
@@ -424,7 +426,8 @@ class _Checksums(NamedTuple):
 def _read_checksums(path: Path) -> _Checksums | None:
     """None where there are none: a folder of another program, or of a megaeva before them."""
     try:
-        written = json.loads(path.read_bytes())
+        with layout.still_there(path.parent):
+            written = json.loads(path.read_bytes())
         files = {
             name: {int(position): int(checksum, 16) for position, checksum in places.items()}
             for name, places in written["files"].items()
@@ -484,7 +487,8 @@ def _check_files(folder: Path, records: dict[str, list[Record]]) -> None:
         path = folder / record.file
         if record.file not in sizes:
             try:
-                sizes[record.file] = path.stat().st_size
+                with layout.still_there(folder):
+                    sizes[record.file] = path.stat().st_size
             except OSError as error:
                 raise CheckpointError(
                     f"{path} cannot be opened: {error.strerror}; it must hold tensor {record.key}; {_USE_ANOTHER}"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megaeva import cli
 from megaeva.checkpoint.average import AveragedReader
-from megaeva.checkpoint.layout import find_checkpoint
+from megaeva.checkpoint.layout import find_checkpoint, remove
 from megaeva.checkpoint.torch_dist import Reader
 from megaeva.data.synthetic import make_shards
 from megaeva.eval import run as eval_run
@@ -86,6 +86,23 @@ def test_both_are_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert eval_run.main([str(home / "averaged"), "--output", str(output), *flags]) == 0
         assert name in capsys.readouterr().out
     assert json.loads((output / "eval.json").read_text()) == found
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "averaged", home / "going on")
+
+    def agreed_path(path: Path) -> Path:
+        found = find_checkpoint(path)
+        remove(found)
+        return found
+
+    monkeypatch.setattr("megaeva.checkpoint.weights.agreed_path", agreed_path)
+    assert eval_run.main([str(home / "going on")]) == 2
+    told = capsys.readouterr().err
+    assert "step_00000004 is not there, or not any more" in told and "run the command again" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize(

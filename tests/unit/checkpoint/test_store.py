@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from megaeva.checkpoint import layout, store
+from megaeva.checkpoint import layout, store, torch_dist
 from megaeva.checkpoint.convert.sidecar import info_contents
+from megaeva.checkpoint.convert.start import open_weights
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.checkpoint.store import CheckpointStore, LoadedState
 from megaeva.checkpoint.weights import load_weights
@@ -271,6 +272,27 @@ def test_a_damaged_checkpoint_is_named(runtime: Runtime, tmp_path: Path) -> None
     (path / "megaeva.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"megaeva\.json cannot be read"):
         run.load(path)
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(runtime: Runtime, tmp_path: Path) -> None:
+    run = Run(runtime, tmp_path)
+    path, other = run.save(1), run.save(2)
+    reader = torch_dist.Reader(path)
+    layout.remove(path)
+    for read in (
+        lambda: reader.read("vision.pos_embed"),
+        lambda: torch_dist.Reader(path),
+        lambda: layout.read_info(path),
+        lambda: torch_dist._read_checksums(path / torch_dist.CHECKSUMS_NAME),
+        lambda: open_weights(path),
+        lambda: layout.find_checkpoint(path),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"is not there, or not any more: .*save.keep.* run the command again"
+        ):
+            read()
+    with pytest.raises(CheckpointError, match=rf"name another one \({other.name} here\)\.$"):
+        layout.find_checkpoint(path)
 
 
 def test_what_to_do_about_a_damaged_checkpoint(runtime: Runtime, tmp_path: Path) -> None:
