@@ -35,7 +35,7 @@ help:
 	@echo "make bench-convert  conversions of 10 GB beside cp (five minutes, 30 GB of disk)"
 	@echo "make bench-fp8   the demo's chain in fp32, bf16 and emulated FP8 over three seeds (an hour and a half)"
 	@echo "make bench-demo  the demo over three seeds with its controls (long)"
-	@echo "make plan-check  the planner's memory beside ten CPU runs, at most 5 % off (two minutes)"
+	@echo "make plan-check  the planner's memory beside fourteen CPU runs, at most 5 % off (three minutes)"
 	@echo "make cuda-check  compile the CUDA kernels for $(CUDA_ARCHITECTURES) (needs nvcc, no GPU)"
 	@echo "make te-check    hold the Transformer Engine backend to the real package, without a GPU (builds it once in $(TE_VENV),"
 	@echo "                 twenty minutes; make te-check TE_VENV=... takes an environment that has it)"

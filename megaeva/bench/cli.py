@@ -210,7 +210,7 @@ def bench_sweep(
 @bench_app.command("plan-check")
 @explained
 def bench_plan_check() -> None:
-    """Hold the planner's peak memory of a rank to ten small runs of as many layouts, on the CPU.
+    """Hold the planner's peak memory of a rank to fourteen small runs of layouts, precisions and tasks, on the CPU.
 
     Exit code 1 if one is more than 5 % off.
     """

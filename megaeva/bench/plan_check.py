@@ -1,4 +1,4 @@
-"""`megaeva bench plan-check`: the planner's peak memory of a rank beside the tensors that it holds, for ten small runs.
+"""`megaeva bench plan-check`: the planner's peak memory of a rank beside the tensors that it holds, for 14 small runs.
 
 Measured is what torch's allocator has given out and not got back, from before the model is built, at its highest in the
 second of two steps: parameters, gradients, optimizer, activations, buffers, everything that is a tensor. torch counts
@@ -14,9 +14,9 @@ import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,22 @@ from torch.profiler import ProfilerActivity, profile
 from megaeva.bench.captions import end_tokens
 from megaeva.bench.compare import row
 from megaeva.bench.step import MegatronStep, example_batch, recipe
-from megaeva.config.schema import Config, ModelSection, ParallelSection
+from megaeva.checkpoint.weights import LoadReport
+from megaeva.config.schema import Config, MaskSection, MIMSection, ModelSection, ParallelSection, TeacherSection
 from megaeva.config.topology import data_ranks, grid_axes, microbatches
 from megaeva.config.validate import check_world
 from megaeva.config.variants import VARIANTS
+from megaeva.data.batch import Batch
 from megaeva.errors import UserError
+from megaeva.model.init import init_weights
+from megaeva.model.teacher import Teacher
+from megaeva.model.vision_tower import VisionTower
+from megaeva.optim.build import build_optimizer
 from megaeva.parallel import runtime
 from megaeva.parallel.runtime import Runtime
 from megaeva.planning.compare import CPU, tensor_bytes
 from megaeva.planning.estimate import plan
+from megaeva.tasks.mim import MIM
 
 MIB = 2**20
 LIMIT = 0.05
@@ -42,7 +49,10 @@ _ALLOCATION = torch._C._profiler._EventType.Allocation
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured: a variant's kind of towers at width 128, images of 65 tokens and captions of 32."""
+    """What is measured: a variant's kind of towers at width 128, images of 65 tokens and captions of 32.
+
+    Of task=mim the student is distilled from four layers of its own kind, 26 of 64 patches masked.
+    """
 
     name: str
     variant: str
@@ -52,6 +62,15 @@ class Run:
     precision: str
     parallel: Mapping[str, Any] = field(default_factory=dict)
     micro_batch: int | None = None
+    task: Literal["contrastive", "mim"] = "contrastive"
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+
+    @property
+    def teacher(self) -> ModelSection | None:
+        """Of a MIM run."""
+        model = self.config().model
+        vision = model.vision.model_copy(update={"num_layers": 4})
+        return model.model_copy(update={"vision": vision}) if self.task == "mim" else None
 
     def config(self) -> Config:
         """Its recipe."""
@@ -66,11 +85,14 @@ class Run:
             "context_length": 32,
         }  # fmt: skip
         parts = {"vision": model.vision.model_copy(update=vision), "text": model.text.model_copy(update=text)}
-        cfg = recipe(model.model_copy(update=parts | {"embed_dim": 256}), self.batch, "fp32")
+        cfg = recipe(model.model_copy(update=parts | {"embed_dim": 256}), self.batch, "fp32", self.optimizer)
         train = {"precision": self.precision, "micro_batch_size": self.micro_batch}
         parallel = ParallelSection.model_validate(self.parallel)
-        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=train), "parallel": parallel})
-        return Config.model_validate(cfg.model_dump())
+        changes: dict[str, Any] = {"train": cfg.train.model_copy(update=train), "parallel": parallel}
+        if self.task == "mim":
+            mask = MaskSection(num_masked=26, min_block=4)
+            changes |= {"task": "mim", "mim": MIMSection(mask=mask), "teacher": TeacherSection(checkpoint="none")}
+        return Config.model_validate(cfg.model_copy(update=changes).model_dump())
 
 
 def _both(**axes: Any) -> dict[str, Any]:
@@ -97,6 +119,15 @@ RUNS = (
         "EVA-02 L, tp 2 sp dp 2, two layers recomputed", "EVA02-CLIP-L-14", 4, 6, 32, "bf16",
         _both(tp=2, sequence_parallel=True, recompute=2),
     ),
+    Run("EVA-02 B with a teacher", "EVA02-CLIP-B-16", 1, 6, 32, "bf16", task="mim"),
+    Run(
+        "8B with a teacher, tp 2 sp, teacher whole", "EVA-CLIP-8B", 2, 6, 32, "bf16",
+        {"vision": {"tp": 2, "sequence_parallel": True}}, 8, task="mim",
+    ),
+    Run(
+        "EVA-01 g with a teacher, pp 2", "EVA01-CLIP-g-14", 2, 8, 32, "fp32", {"vision": {"pp": 2}}, 4, task="mim",
+    ),
+    Run("EVA-02 B, LAMB, dp 2", "EVA02-CLIP-B-16", 2, 6, 32, "bf16", optimizer="lamb"),
 )  # fmt: skip
 
 
@@ -128,7 +159,7 @@ def furthest(run: Run, measured: Sequence[int]) -> Figure:
     """The plan beside what each rank measured."""
     cfg = run.config()
     check_world(cfg, run.ranks)
-    stages = plan(cfg, run.ranks, CPU).stages
+    stages = plan(cfg, run.ranks, CPU, run.teacher).stages
     figures = [Figure(run, rank, tensor_bytes(stages[_stage(cfg, rank)]), peak) for rank, peak in enumerate(measured)]
     return max(figures, key=lambda figure: abs(figure.error))
 
@@ -187,9 +218,13 @@ def peak_bytes(run: Run, this: Runtime) -> int:
     cfg = run.config()
     blocks = data_ranks(grid_axes(cfg)["data"], run.ranks)
     batch = example_batch(cfg.model, end_tokens(cfg.model.text, run.batch)[0])
+    if cfg.mim is not None:
+        order = torch.rand(run.batch, cfg.model.vision.num_patches, generator=torch.Generator().manual_seed(2))
+        mask_BN = order.argsort(1) < cfg.mim.mask.num_masked
+        batch = replace(batch, token_BL=None, mask_BN=mask_BN)
     own = batch.split(len(batch) // blocks)[this.rank * blocks // run.ranks]
     _count_in_all_threads()
-    step = MegatronStep(cfg, this, own)
+    step = MegatronStep(cfg, this, own) if run.teacher is None else _DistilStep(cfg, this, own, run.teacher)
     step()
     # What only the collector frees: towers of an earlier run in this process, which count until it comes by.
     gc.collect()
@@ -200,6 +235,28 @@ def peak_bytes(run: Run, this: Runtime) -> int:
         size, _ = microbatches(cfg, cfg.parallel.vision, run.ranks)
         peak += 4 * 3 * cfg.model.vision.image_size**2 * size
     return peak
+
+
+class _MIM(MIM):
+    """With a fresh teacher in place of a checkpoint's."""
+
+    def __init__(self, cfg: Config, this: Runtime, teacher: ModelSection) -> None:
+        self._section = teacher
+        super().__init__(cfg, this)
+
+    def _load_teacher(self, cfg: Config) -> tuple[Teacher, int, LoadReport]:
+        grid, section = self.grids["teacher"], self._section
+        precision = cfg.train.parameter_precision
+        tower = VisionTower(section.vision, section.embed_dim, grid=grid, precision=precision)
+        init_weights(tower, seed=1, task="contrastive", grid=grid)
+        return Teacher(tower), section.embed_dim, LoadReport(Path("none"), "fresh", (), (), (), ())
+
+
+class _DistilStep(MegatronStep):
+    def __init__(self, cfg: Config, this: Runtime, batch: Batch, teacher: ModelSection) -> None:
+        self.cfg, self.batch, self.num_steps = cfg, batch, 0
+        self.task = _MIM(cfg, this, teacher)  # type: ignore[assignment]  # a step asks of it what it asks of a Contrastive
+        self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
 
 
 def _stage(cfg: Config, rank: int) -> int:

@@ -299,9 +299,11 @@ class _Step:
         backward = kept + vision.backward_work(stage)
         if not self.contrastive:
             masked, width = self.masked * vision.work.sequences, vision.section.hidden_size
-            targets = self.masked * vision.rows * vision.out_dim * number
+            # Of the whole data block; joined from parts of microbatches, or gathered from ranks that share the block.
+            targets = self.masked * self.images.number * vision.out_dim * number
             if self.teacher is not None:
-                yield "the teacher's pass", self.teacher.forward_work + self._sent_pixels(self.teacher), targets
+                work = self.teacher.forward_work + self._sent_pixels(self.teacher)
+                yield "the teacher's pass", max(work, targets), targets
             last = stage == vision.axes.pp - 1
             loss = f.distillation_bytes(masked, width, vision.out_dim, number) if last else 0
             yield "backward of the student", backward, targets + loss

@@ -141,3 +141,14 @@ def test_what_a_rank_waits_for() -> None:
 def test_a_plan_that_does_not_fit_for_its_images_says_so() -> None:
     lines = run_plan(RECIPES / "clip_eva_18b.yaml", ["parallel.vision.pp=9"], 360, "a100-40")
     assert "it would fit with: data.decoder=pillow" in lines, lines
+
+
+def test_all_ranks_of_a_block_hold_its_targets() -> None:
+    """Also where the teacher is cut over more ranks than the student, whose data ranks then share a block."""
+    more = ["parallel.vision.tp=1", "parallel.vision.sequence_parallel=false", "parallel.teacher.tp=4"]
+    cfg = load(RECIPES / "mim_eva_8b.yaml", more)
+    teacher = load(RECIPES / "clip_eva02_e14plus.yaml").model
+    (step,) = plan(cfg, 512, GPUS["h200"], teacher).steps
+    assert cfg.mim is not None
+    targets = cfg.mim.mask.num_masked * cfg.train.global_batch_size * 4 // 512 * teacher.embed_dim * 2
+    assert {name: loss for name, _, loss in step._moments(0)}["the teacher's pass"] == targets
