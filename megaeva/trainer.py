@@ -25,7 +25,7 @@ from megaeva.optim.build import build_optimizer, kernels_line
 from megaeva.optim.ema import averaged_weights, update_average
 from megaeva.optim.guard import StepGuard, Verdict
 from megaeva.parallel import watch
-from megaeva.parallel.collectives import all_sum, broadcast_object, gather_objects, raise_together, together
+from megaeva.parallel.collectives import all_max, all_sum, broadcast_object, gather_objects, raise_together, together
 from megaeva.parallel.platform import chip
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.wrap import count_parameters, finish_parameter_gather
@@ -106,7 +106,8 @@ class Trainer:
         from_where = [line for report in self.task.start_reports for line in report.lines()]
         fp8 = fp8_line(cfg, emulated=runtime.layer_spec == "local")
         kernels = [kernels_line(cfg.optim, runtime.device), *([fp8] if fp8 else [])]
-        for line in [*recipe_changes, *topology, *rates, *kernels, *from_where, data_report, *resumed]:
+        planned = self.plan_comparison.start_line()
+        for line in [*recipe_changes, *topology, *rates, planned, *kernels, *from_where, data_report, *resumed]:
             self.record.say(line)
 
     def fit(self) -> int:
@@ -163,7 +164,9 @@ class Trainer:
             self._stop_on(str(error), batch)
         self.saves.gate()
         watch.at("the optimizer's step")
-        grad_norm = self.optimizer.prepare()
+        # One verdict and one clipping on all ranks: without the distributed optimizer each group sums up a norm of its
+        # own, and they may differ in the last bit.
+        loss, grad_norm = all_max([loss, self.optimizer.prepare()], self.runtime)
         verdict = self.guard.judge(step, loss, grad_norm, self.loader.phase.key)
         figures = {"loss": loss, "grad_norm": grad_norm} | {f"lr/{tower}": rate for tower, rate in rates.items()}
         if verdict.action == "update":

@@ -143,8 +143,8 @@ def _gone(checkpoint: Path) -> CheckpointError:
     others = [path.name for path in complete_checkpoints(checkpoint.parent)]
     return CheckpointError(
         f"checkpoint {checkpoint} is not there, or not any more: a run that goes on deletes all but its newest "
-        "save.keep checkpoints; one must stay until it is read; run the command again on the run folder, whose newest is taken"
-        + (f", or name another one ({', '.join(others)} here)." if others else ".")
+        "save.keep checkpoints; one must stay until it is read; run the command again on the run folder: its newest "
+        "is taken" + (f", or name another one ({', '.join(others)} here)." if others else ".")
     )
 
 

@@ -1,5 +1,6 @@
 """Small collectives of the training loop: agreement on flags, sums, and errors that every rank learns about."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ def all_sum(values: list[float], runtime: Runtime, group: dist.ProcessGroup | No
     total = torch.tensor(values, dtype=torch.float64, device=runtime.device)
     dist.all_reduce(total, group=group)
     return total.tolist()
+
+
+def all_max(values: list[float], runtime: Runtime) -> list[float]:
+    """Element-wise maxima over all ranks, which all call it; NaN where one rank has NaN. No call on one rank."""
+    if runtime.world_size == 1:
+        return values
+    flags = [float(math.isnan(value)) for value in values]
+    found = torch.tensor([-math.inf if math.isnan(value) else value for value in values] + flags, dtype=torch.float64)
+    found = found.to(runtime.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    peaks, flags = found[: len(values)].tolist(), found[len(values) :].tolist()
+    return [math.nan if flag else peak for peak, flag in zip(peaks, flags, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Died(Exception):
 
 
 class Run:
-    """A run whose loss is 1,000 times as high in some batches."""
+    """A run whose loss is 1,000 times as high in some batches, as rank 1 sees it, and whose norms differ by rank."""
 
     def __init__(
         self, runtime: Runtime, cfg: Config, *, resume: bool = False, first: int = 0, dies_at: int = -1
@@ -78,7 +78,7 @@ class Run:
         self.keys: list[list[str]] = []
         saved: dict[str, Tensor] = {}
         saved_state: list[Tensor] = []
-        step, task_step = self.trainer.step, self.trainer.task.step
+        step, task_step, prepare = self.trainer.step, self.trainer.task.step, self.trainer.optimizer.prepare
 
         def watched(batch: Batch) -> dict[str, float]:
             if first + len(self.keys) == dies_at:
@@ -97,8 +97,12 @@ class Run:
 
         def poisoned(*arguments: Any) -> Tensor:
             loss = task_step(*arguments)
-            return loss * 1000 if first + len(self.keys) - 1 in SPIKES else loss
+            return loss * 1000 if first + len(self.keys) - 1 in SPIKES and runtime.rank == 1 else loss
 
+        def prepared() -> float:
+            return prepare() * (1 + 1e-7 * runtime.rank)
+
+        self.trainer.optimizer.prepare = prepared  # type: ignore[method-assign]
         self.trainer.step = watched  # type: ignore[method-assign]
         self.trainer.task.step = poisoned  # type: ignore[method-assign]
 
@@ -174,6 +178,7 @@ def scenario(runtime: Runtime, folder: str) -> dict[str, Any]:
         "measured": measured,
         "fp16": fp16,
         "keys": whole.keys,
+        "guards": [run.trainer.guard.state_dict() for run in (whole, again)],
         "num_steps": [run.trainer.optimizer.num_steps for run in (whole, again)],
     }
 
