@@ -1,4 +1,5 @@
-"""The planner beside the run itself, once, at the run's tenth step: so that wrong formulae show."""
+"""What the planner expects of a run, said at its start, and beside the run itself at its tenth step: so that wrong
+formulae show."""
 
 import json
 import re
@@ -12,7 +13,7 @@ from megaeva.config.schema import Config
 from megaeva.observability.record import RunRecord
 from megaeva.parallel.platform import chip
 from megaeva.parallel.runtime import Runtime
-from megaeva.planning.estimate import StageBytes, plan
+from megaeva.planning.estimate import Plan, StageBytes, plan
 from megaeva.planning.formulae import GIB
 from megaeva.planning.gpus import GPUS, Gpu
 
@@ -38,6 +39,32 @@ class PlanComparison:
         self._before = 0 if runtime.device.type == "cuda" else psutil.Process().memory_info().rss
         self._steps, self._since = 0, 0.0
 
+    def start_line(self) -> str:
+        """What is expected, for the log; nothing on other ranks than 0, and no error where no plan can be made."""
+        if not self.runtime.is_main:
+            return ""
+        try:
+            planned, doubt = self._plan()
+            worst, gpu = planned.worst, planned.gpu
+            if self.runtime.device.type != "cuda":
+                most = tensor_bytes(worst) / GIB
+                return f"plan: at most {most:.3g} GiB of tensors on a rank; of a CPU no seconds are predicted"
+            room = "" if planned.fits else f", more than the {gpu.memory_gib:g} of it: see megaeva plan"
+            return (
+                f"plan: at most {worst.total / GIB:.1f} GiB on a rank, margin included{room}; a step takes "
+                f"{planned.phases[0].step:.3g} s, the run {planned.days:.3g} days (planned as {gpu.name}{doubt})"
+            )
+        except Exception as error:
+            return f"plan: none ({type(error).__name__}: {error})"
+
+    def _plan(self) -> tuple[Plan, str]:
+        """The plan, and what to say of a GPU that the planner does not know."""
+        on_gpu = self.runtime.device.type == "cuda"
+        gpu, known = gpu_of_chip(chip()) if on_gpu else (CPU, True)
+        teacher = read_model_section(self.cfg.teacher.checkpoint) if self.cfg.teacher else None
+        doubt = "" if known else f", the nearest that the planner knows to {chip()}"
+        return plan(self.cfg, self.runtime.world_size, gpu, teacher), doubt
+
     def after_step(self, step: int, record: RunRecord) -> None:
         """Count a step; at the tenth, say both sides, and keep them in manifest.json as `plan`: `memory_gib`,
         `measured_memory_gib`, `step_seconds` (null of a CPU) and `measured_step_seconds`. A plan that cannot be made is
@@ -56,9 +83,8 @@ class PlanComparison:
 
     def _compare(self, step: int, seconds: float, record: RunRecord) -> None:
         on_gpu = self.runtime.device.type == "cuda"
-        gpu, known = gpu_of_chip(chip()) if on_gpu else (CPU, True)
-        teacher = read_model_section(self.cfg.teacher.checkpoint) if self.cfg.teacher else None
-        planned = plan(self.cfg, self.runtime.world_size, gpu, teacher)
+        planned, doubt = self._plan()
+        gpu = planned.gpu
         own = next(one for one in planned.steps if step < one.phase.first_step + one.phase.steps)
         expected = tensor_bytes(own.stage_bytes(0)) / GIB  # rank 0 is on the first stage
         memory = self.runtime.memory_gib() - self._before / GIB
@@ -77,8 +103,7 @@ class PlanComparison:
         if step_seconds is None:
             record.say(f"{line}{seconds:.3g} s, none is predicted of a CPU")
             return
-        unknown = "" if known else f", the nearest that the planner knows to {chip()}"
-        record.say(f"{line}{step_seconds:.3g} s, measured {seconds:.3g} (planned as {gpu.name}{unknown})")
+        record.say(f"{line}{step_seconds:.3g} s, measured {seconds:.3g} (planned as {gpu.name}{doubt})")
 
 
 def tensor_bytes(stage: StageBytes) -> int:

@@ -44,6 +44,22 @@ def compared(folder: Path, steps: int, is_main: bool = True, **runtime: Any) -> 
     return record
 
 
+def start_line(folder: Path, **runtime: Any) -> str:
+    cfg = trainer_recipe(folder, "run", 20, model=model(2, 1), optim={"vision": {"lr": 1e-3}})
+    this = {"device": torch.device("cpu"), "world_size": 1, "is_main": True} | runtime
+    return PlanComparison(cfg, SimpleNamespace(**this)).start_line()  # type: ignore[arg-type]
+
+
+def test_the_start_says_what_is_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "GiB of tensors on a rank; of a CPU no seconds" in start_line(tmp_path)
+    assert start_line(tmp_path, is_main=False) == ""
+    assert start_line(tmp_path, world_size=0).startswith("plan: none (")
+    for name, gpu in (("NVIDIA H200", "h200)"), ("Some Card 3", "the nearest that the planner knows to Some Card 3)")):
+        monkeypatch.setattr("megaeva.planning.compare.chip", lambda name=name: name)
+        line = start_line(tmp_path, device=torch.device("cuda"))
+        assert line.startswith("plan: at most ") and line.endswith(gpu) and " days " in line
+
+
 def test_the_tenth_step_says_both_sides_once(tmp_path: Path) -> None:
     record = compared(tmp_path, 20)
     assert len(record.said) == 1 and "rank 0 holds" in record.said[0], record.said
