@@ -214,6 +214,7 @@ class Trainer:
             self.saves.finish()
             watch.at("saving")
             finish_parameter_gather(self.task.towers)
+            self.record.flush()
             extra = {
                 "samples": self.next_step * self.cfg.train.global_batch_size,
                 "guard": self.guard.state_dict(),

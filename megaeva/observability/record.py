@@ -101,6 +101,11 @@ class RunRecord:
             if entry not in entries:
                 self.write_json(name, [*entries, entry])
 
+    def flush(self) -> None:
+        """Bring the metrics to the disk, past the system's cache: a resumed run lists all steps of its checkpoint."""
+        if self.enabled:
+            self._metrics.flush()
+
     def go_back(self, step: int) -> None:
         """Remove the figures of the steps after `step`, which are made again."""
         self._started_at = self._logged_at = time.monotonic()

@@ -14,6 +14,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,8 +22,10 @@ import yaml
 from PIL import Image
 
 from megaeva.checkpoint import torch_dist
+from megaeva.checkpoint.store import CheckpointStore
 from megaeva.data.synthetic import make_shards
 from megaeva.data.tokenizer import build_subset
+from megaeva.observability.metrics import MetricLog, read_metrics
 from megaeva.train import main
 
 VISION = {
@@ -324,6 +327,25 @@ def test_full_disk_under_the_metrics(
     message = fail(capfd, recipe)
     assert "metrics.jsonl: No space left on device" in message
     assert "must have space" in message
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint outlives a machine that fails; so must the lines of its steps, which no resumed run makes again."""
+    on_disk: list[int] = []
+    flush, begin = MetricLog.flush, CheckpointStore.begin
+
+    def flushed(log: MetricLog) -> None:
+        flush(log)
+        on_disk[:] = [int(line["step"]) for line in read_metrics(log.path.parent)]
+
+    def begun(store: CheckpointStore, step: int, *arguments: Any, **named: Any) -> Any:
+        assert on_disk == list(range(1, step + 1))
+        return begin(store, step, *arguments, **named)
+
+    monkeypatch.setattr(MetricLog, "flush", flushed)
+    monkeypatch.setattr(CheckpointStore, "begin", begun)
+    assert main([str(recipe)]) == 0
+    assert on_disk == [1, 2, 3, 4]
 
 
 def test_resume_into_another_model_changes_nothing(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
