@@ -74,6 +74,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: str) -> dict
     command = [sys.executable, "-m", "megaeva.train", str(write_recipe(folder, shards))]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert b"plan: at most " in done.stdout
     assert json.loads((folder / "run" / "finished.json").read_text())["samples"] == 8 * TOTAL_STEPS
     result = losses(folder / "run")
     assert list(result) == list(range(1, TOTAL_STEPS + 1))
