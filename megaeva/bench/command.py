@@ -254,7 +254,12 @@ def run_sweep(
         recipe, overrides, ranks=ranks, layouts=layouts, sizes=sizes, precisions=precisions, scaling=scaling,
         steps=steps, machines=machines, out=out, say=print,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be made ({error.strerror}); it must be a folder; choose another."
+        ) from None
     failed: list[str] = []
     try:
         failed = sweep.make_runs(runs, machines, out, peak_tflops, print)

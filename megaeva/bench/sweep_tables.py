@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: every row, then strong and weak scaling beside each group's fewest ranks."""
+    """Markdown: every row, then strong and weak scaling, where there are several ranks, beside the fewest."""
     lines = [
         "| size | precision | layout | ranks | batch | samples/s | MFU | memory, GiB | data wait | communication |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -20,18 +20,20 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for kind, group_of in (("Strong", strong_group), ("Weak", weak_group)):
+        scaled = [one for group in _groups(rows, group_of) for one in scaling_of(group)]
+        if not scaled:
+            continue
         lines += [
             "",
             f"{kind} scaling",
             "",
             "| size | precision | layout | batch | ranks | samples/s | times | efficiency |",
+            "|---|---|---|--:|--:|--:|--:|--:|",
         ]
-        lines.append("|---|---|---|--:|--:|--:|--:|--:|")
-        for group in _groups(rows, group_of):
-            for row, times, efficiency in scaling_of(group):
-                where = f"{row['size']} | {row['precision']} | {row['layout']} | {row['global_batch_size']}"
-                rate = f"{row['samples_per_second']:.4g} | {times:.2f} | {100 * efficiency:.0f} %"
-                lines.append(f"| {where} | {row['ranks']} | {rate} |")
+        for row, times, efficiency in scaled:
+            where = f"{row['size']} | {row['precision']} | {row['layout']} | {row['global_batch_size']}"
+            rate = f"{row['samples_per_second']:.4g} | {times:.2f} | {100 * efficiency:.0f} %"
+            lines.append(f"| {where} | {row['ranks']} | {rate} |")
     return lines
 
 

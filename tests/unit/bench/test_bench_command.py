@@ -41,6 +41,8 @@ def run(*arguments: str) -> Any:
         (("data", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
         (("data", "--workers", "0"), "--workers"),
         (("convert", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
+        (("sweep", "r.yaml", "--ranks", "1;2"), "--ranks 1;2 must be whole numbers"),
+        (("sweep", "r.yaml", "--peak-tflops", "0"), "--peak-tflops 0 must be above 0"),
     ],
 )
 def test_what_cannot_be_run_is_explained(arguments: tuple[str, ...], expected: str) -> None:

@@ -194,6 +194,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert lines[-1] == "| S | bf16 | dp | 16 | 2 | 19 | 1.90 | 95 % |"
     assert {strong_group(one) for one in rows[:3]} == {strong_group(rows[0])}
+    assert not any("scaling" in line for line in table_lines(rows[:1]))
     assert scaling_of(rows[:1])[0][1:] == (1.0, 1.0)
     draw(rows, tmp_path / "sweep.svg")
     assert (tmp_path / "sweep.svg").stat().st_size > 5000
