@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from megaeva.config.schema import (
+    AxesSection,
     Config,
     MaskSection,
     MIMSection,
+    ModelSection,
     OptimSection,
     ParallelSection,
     TeacherSection,
@@ -132,6 +134,23 @@ def whole_batch(cfg: Config, step: int) -> Batch:
         mask_BN=mask_BN if cfg.task == "mim" else None,
         keep_BK=order[:, :kept] if cfg.task == "contrastive" else None,
     )
+
+
+def contrastive_task(
+    runtime: Runtime, model: ModelSection, axes: AxesSection, *, num_samples: int, micro_batch_size: int
+) -> Contrastive:
+    """The task of a global batch in fp32, its vision tower on `axes`; with no optimizer state to shard."""
+    cfg = Config(
+        task="contrastive",
+        run_dir="unused",
+        model=model,
+        parallel=ParallelSection(vision=axes, distributed_optimizer=False),
+        optim=OptimSection(vision=TowerOptimSection(lr=1e-2)),
+        train=TrainSection(
+            total_samples=64, global_batch_size=num_samples, micro_batch_size=micro_batch_size, precision="fp32"
+        ),
+    )
+    return Contrastive(cfg, runtime)
 
 
 @torch.no_grad()

@@ -6,29 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaeva.config.schema import AxesSection, Config, OptimSection, ParallelSection, TowerOptimSection, TrainSection
+from megaeva.config.schema import AxesSection
 from megaeva.data.batch import Batch
 from megaeva.losses.contrastive import start_gather
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.tasks import contrastive
-from megaeva.tasks.contrastive import Contrastive
+from tests.helpers.parallel_runs import contrastive_task
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import example_images, example_tokens, tiny
 
 NUM_SAMPLES = 8
 MODEL = tiny("EVA02-CLIP-L-14", num_layers=4, drop_path=0.5)
-
-
-def make_task(runtime: Runtime, axes: AxesSection) -> Contrastive:
-    cfg = Config(
-        task="contrastive",
-        run_dir="unused",
-        model=MODEL,
-        parallel=ParallelSection(vision=axes, distributed_optimizer=False),
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-2)),
-        train=TrainSection(total_samples=64, global_batch_size=NUM_SAMPLES, micro_batch_size=2, precision="fp32"),
-    )
-    return Contrastive(cfg, runtime)
 
 
 def whole_batch() -> Batch:
@@ -39,7 +27,7 @@ def whole_batch() -> Batch:
 
 def features_of_both_passes(runtime: Runtime, axes: AxesSection, forget_seed: bool) -> dict[str, list[Tensor]]:
     """{tower: outputs in the order they were computed} on ranks that compute outputs; hidden states elsewhere."""
-    task = make_task(runtime, axes)
+    task = contrastive_task(runtime, MODEL, axes, num_samples=NUM_SAMPLES, micro_batch_size=2)
     seen: dict[str, list[Tensor]] = {"vision": [], "text": []}
     for name in seen:
         getattr(task, name).ddp.register_forward_hook(lambda *args, name=name: seen[name].append(args[2].detach()))
@@ -76,7 +64,7 @@ def test_without_replayed_randomness_they_differ() -> None:
 
 
 def events_of_a_step(runtime: Runtime) -> list[str]:
-    task = make_task(runtime, AxesSection(pp=2))
+    task = contrastive_task(runtime, MODEL, AxesSection(pp=2), num_samples=NUM_SAMPLES, micro_batch_size=2)
     events: list[str] = []
     for name in ("vision", "text"):
         getattr(task, name).ddp.register_forward_hook(lambda *_, name=name: events.append(name))

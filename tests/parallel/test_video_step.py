@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaeva.config.schema import AxesSection, Config, OptimSection, ParallelSection, TowerOptimSection, TrainSection
+from megaeva.config.schema import AxesSection
 from megaeva.data.batch import Batch
 from megaeva.parallel.runtime import Runtime, seed_pass
 from megaeva.parallel.shards import gather_full
 from megaeva.tasks.contrastive import Contrastive
+from tests.helpers.parallel_runs import contrastive_task
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import example_images, example_tokens, tiny
 
@@ -22,20 +23,6 @@ LAYOUTS = {
     "pp2": (AxesSection(pp=2), 8),
     "pp2_vpp2_recompute": (AxesSection(pp=2, vpp=2, recompute="full"), 4),
 }
-
-
-def make_task(runtime: Runtime, axes: AxesSection, micro_batch_size: int) -> Contrastive:
-    cfg = Config(
-        task="contrastive",
-        run_dir="unused",
-        model=MODEL,
-        parallel=ParallelSection(vision=axes, distributed_optimizer=False),
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-2)),
-        train=TrainSection(
-            total_samples=64, global_batch_size=NUM_SAMPLES, micro_batch_size=micro_batch_size, precision="fp32"
-        ),
-    )
-    return Contrastive(cfg, runtime)
 
 
 def whole_batch() -> Batch:
@@ -66,11 +53,11 @@ def plain(task: Contrastive) -> tuple[float, dict[str, Tensor]]:
 
 def differences(runtime: Runtime) -> dict[str, tuple[float, float, set[int], int]]:
     """{layout: difference of the loss, worst of the gradients, sizes of vision passes in clips, passes}."""
-    exact, gradients = plain(make_task(runtime, ONE, 8))
+    exact, gradients = plain(contrastive_task(runtime, MODEL, ONE, num_samples=NUM_SAMPLES, micro_batch_size=8))
     whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     found = {}
     for name, (axes, micro_batch_size) in LAYOUTS.items():
-        task = make_task(runtime, axes, micro_batch_size)
+        task = contrastive_task(runtime, MODEL, axes, num_samples=NUM_SAMPLES, micro_batch_size=micro_batch_size)
         batch = whole_batch().split(NUM_SAMPLES // task.grid.dp_size)[task.grid.dp_rank]
         passes = task._vision_part(batch).batches
         loss = task.step(batch, lambda index: seed_pass(0, 0, index)).item()

@@ -40,6 +40,17 @@ def _assert_outputs(ours: Any, theirs: Any, cfg: ModelSection) -> None:
     assert theirs.logit_scale.item() == ours.scale.log_scale.item()
 
 
+def _assert_close(ours: Any, theirs: Any, cfg: ModelSection) -> None:
+    """Of towers at full size, whose outputs are of any size."""
+    image, token = example_images(cfg, 1), example_tokens(cfg, 1)
+    with torch.no_grad():
+        for mine, their in (
+            (ours.encode_image(image), theirs.encode_image(image)),
+            (ours.encode_text(token), theirs.encode_text(token)),
+        ):
+            assert (mine - their).abs().max() < TOLERANCE * their.abs().max()
+
+
 @pytest.mark.parametrize("variant", ["ViT-B-32-quickgelu", "ViT-bigG-14"])
 def test_open_clip_from_a_local_folder(variant: str, tmp_path: Path) -> None:
     cfg = tiny(variant, norm_epsilon=3e-5)
@@ -80,13 +91,7 @@ def test_full_size_in_open_clip(variant: str, tmp_path: Path) -> None:
     ours = random_clip(what.model)
     folder = export(OPEN_CLIP, what, state_of(ours), tmp_path / "export")
     theirs = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
-    image, token = example_images(what.model, 1), example_tokens(what.model, 1)
-    with torch.no_grad():
-        for mine, their in (
-            (ours.encode_image(image), theirs.encode_image(image)),
-            (ours.encode_text(token), theirs.encode_text(token)),
-        ):
-            assert (mine - their).abs().max() < TOLERANCE * their.abs().max()
+    _assert_close(ours, theirs, what.model)
 
 
 CAPTIONS = ["a red panda", "naïve café — 数字 123 &amp; it's", "grinning face " * 20]
@@ -171,13 +176,7 @@ def test_openai_b_32_at_full_size(tmp_path: Path) -> None:
     file = export(OPENAI, what, state, tmp_path / "ViT-B-32.pt")
     assert_same_bits(returned(OPENAI, what, torch.load(file, mmap=True), state), state)
     theirs = load_openai_model(str(file), precision="fp32", device="cpu").eval()
-    image, token = example_images(what.model, 1), example_tokens(what.model, 1)
-    with torch.no_grad():
-        for mine, their in (
-            (ours.encode_image(image), theirs.encode_image(image)),
-            (ours.encode_text(token), theirs.encode_text(token)),
-        ):
-            assert (mine - their).abs().max() < TOLERANCE * their.abs().max()
+    _assert_close(ours, theirs, what.model)
 
 
 def test_dtypes_of_an_openai_file_come_back_from_a_jit_archive(tmp_path: Path) -> None:

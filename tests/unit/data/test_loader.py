@@ -15,19 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megaeva.config.schema import (
-    AugmentSection,
-    Config,
-    DataSection,
-    MaskSection,
-    MIMSection,
-    ModelSection,
-    OptimSection,
-    TextSection,
-    TowerOptimSection,
-    TrainSection,
-    VisionSection,
-)
+from megaeva.config.schema import AugmentSection, Config
 from megaeva.data import builder as builder_module
 from megaeva.data import loader as loader_module
 from megaeva.data.batch import Batch
@@ -37,38 +25,18 @@ from megaeva.data.shards import SampleStream, ShardReader, expand_shards
 from megaeva.data.synthetic import make_shards
 from megaeva.data.tokenizer import Tokenizer
 from megaeva.errors import DataError
+from tests.helpers.data_recipe import NUM_PATCHES, data_recipe
 
-NUM_PATCHES = 16
 EPOCH = 6 * 10  # samples
 
 
 def recipe(
     shards: object, *, task: str = "contrastive", batch: int = 8, patch_dropout: float = 0.5, **data: object
 ) -> Config:
-    vision = VisionSection(
-        image_size=24, patch_size=6, hidden_size=16, num_layers=1, num_heads=1, ffn_hidden_size=16,
-        activation="gelu", qkv_bias="qkv", patch_dropout=patch_dropout,
-    )  # fmt: skip
-    text = TextSection(context_length=12, hidden_size=16, num_layers=1, num_heads=1, ffn_hidden_size=16)
-    return Config(
-        task=task,  # type: ignore[arg-type]
-        run_dir="unused",
-        platform="cpu",
-        seed=5,
-        model=ModelSection(embed_dim=16, vision=vision, text=text),
-        mim=MIMSection(mask=MaskSection(num_masked=6, min_block=2)) if task == "mim" else None,
-        data=DataSection(
-            **{
-                "train": (str(shards),),
-                "shuffle_buffer": 9,
-                "augment": AugmentSection(scale=(0.4, 1.0), horizontal_flip=0.5),
-                "decoder": "pillow",
-            }
-            | data  # type: ignore[arg-type]
-        ),
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-3)),
-        train=TrainSection(total_samples=100, global_batch_size=batch),
-    )
+    """Every sample is augmented in its own way."""
+    augment = AugmentSection(scale=(0.4, 1.0), horizontal_flip=0.5)
+    data = {"shuffle_buffer": 9, "augment": augment, "decoder": "pillow"} | data
+    return data_recipe(shards, task=task, batch=batch, patch_dropout=patch_dropout, **data)
 
 
 def open_loader(cfg: Config, data_rank: int = 0, data_size: int = 1) -> Loader:

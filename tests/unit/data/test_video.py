@@ -11,18 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from megaeva.config.schema import (
-    AugmentSection,
-    Config,
-    DataSection,
-    ModelSection,
-    OptimSection,
-    PhaseSection,
-    TextSection,
-    TowerOptimSection,
-    TrainSection,
-    VisionSection,
-)
+from megaeva.config.schema import AugmentSection, Config, PhaseSection
 from megaeva.data import video
 from megaeva.data.batch import Batch
 from megaeva.data.decode_pillow import BrokenImage
@@ -33,9 +22,10 @@ from megaeva.data.synthetic import make_shards
 from megaeva.data.transforms import MEAN, STD, Crop
 from megaeva.data.video import VideoDecoder, frame_indices, open_video
 from megaeva.errors import DataError, UserError
+from tests.helpers.data_recipe import IMAGE_SIZE, data_recipe
 from tests.helpers.videos import encode, grey_video, level, without_beginning
 
-SIZE, FRAMES, MAX_PIXELS = 24, 4, 10_000
+SIZE, FRAMES, MAX_PIXELS = IMAGE_SIZE, 4, 10_000
 WHOLE = Crop(0, 0, 64, 48, SIZE, SIZE, exact=False)
 
 
@@ -45,26 +35,16 @@ def pixels(image: torch.Tensor) -> torch.Tensor:
 
 
 def recipe(train: Path | str, num_workers: int = 0, frames: int = FRAMES) -> Config:
-    vision = VisionSection(
-        image_size=SIZE, patch_size=6, hidden_size=16, num_layers=1, num_heads=1, ffn_hidden_size=16,
-        activation="gelu", qkv_bias="qkv", patch_dropout=0.5,
-    )  # fmt: skip
-    text = TextSection(context_length=12, hidden_size=16, num_layers=1, num_heads=1, ffn_hidden_size=16)
-    return Config(
-        task="contrastive",
-        run_dir="unused",
-        model=ModelSection(embed_dim=16, vision=vision, text=text),
-        data=DataSection(
-            train=(str(train),),
-            frames=frames,
-            num_workers=num_workers,
-            shuffle_buffer=2,
-            max_dropped_share=0.5,
-            max_image_pixels=MAX_PIXELS,
-            augment=AugmentSection(scale=(0.5, 0.9), horizontal_flip=0.5),
-        ),
-        optim=OptimSection(vision=TowerOptimSection(lr=1e-3)),
-        train=TrainSection(total_samples=100, global_batch_size=4),
+    return data_recipe(
+        train,
+        batch=4,
+        patch_dropout=0.5,
+        frames=frames,
+        num_workers=num_workers,
+        shuffle_buffer=2,
+        max_dropped_share=0.5,
+        max_image_pixels=MAX_PIXELS,
+        augment=AugmentSection(scale=(0.5, 0.9), horizontal_flip=0.5),
     )
 
 
