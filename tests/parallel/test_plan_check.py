@@ -6,8 +6,10 @@ from megaeva.bench.plan_check import RUNS, Run, furthest, peak_bytes, within_lim
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.spawn import run_ranks
 
-# With few rows, so that the state is most of it; all ten, larger: make plan-check.
-SMALL = [replace(run, layers=3, batch=8) for run in RUNS if run.ranks == 2 and run.micro_batch is None][:2]
+# With few rows, so that the state is most of it; all of them, larger: make plan-check.
+CONTRASTIVE = [replace(run, layers=3, batch=8) for run in RUNS if run.ranks == 2 and run.micro_batch is None][:2]
+DISTILLED = [replace(run, layers=3, batch=8, micro_batch=2) for run in RUNS if run.task == "mim" and run.ranks == 2][:1]
+SMALL = CONTRASTIVE + DISTILLED
 
 
 def peaks(this: Runtime, runs: list[Run]) -> list[int]:
