@@ -58,6 +58,6 @@ while kill -0 "$job" 2>/dev/null; do
 done
 if [[ -n "$stopped" && $code -ne 0 ]]; then
     echo "stopped by SIGTERM (exit code $code of srun): requeueing job $SLURM_JOB_ID, which then resumes"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || fail "scontrol does not requeue job $SLURM_JOB_ID; Slurm must allow it (JobRequeue in slurm.conf); submit the same command again with --resume."
 fi
 exit "$code"

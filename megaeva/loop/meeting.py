@@ -123,7 +123,7 @@ class Host:
         # Whoever hangs up or speaks otherwise is no node.
         with connection, suppress(OSError, ValueError, KeyError, TypeError):
             _keep_alive(connection)
-            _send(connection, self._greeting)
+            _send(connection, {"code": _code(), **self._greeting})
             claim = _receive(connection, _SHARED_SECONDS + _GREETING_SECONDS)
             skew = float(claim["time"]) - time.time()
             faults = list(claim["faults"])
@@ -260,17 +260,21 @@ def _statement(node: "Node", cfg: Config) -> dict[str, Any]:
     for name in ("megaeva", "torch", "megatron-core"):
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
-    code = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        code.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
     return {
         "job": node.job_id,
         "address": node.address,
         "settings": {"NNODES": node.nnodes, "PROCESSES": node.processes, "MAX_RESTARTS": node.max_restarts},
         "versions": {"Python": ".".join(platform.python_version_tuple()[:2]), **packages},
-        "code": code.hexdigest(),
         "recipe": dict(_flat(cfg.model_dump(mode="json"))),
     }
+
+
+def _code() -> str:
+    """Tells apart what is on the disk now, which is what ranks load whenever they start."""
+    code = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        code.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
+    return code.hexdigest()
 
 
 def _compare(node: "Node", cfg: Config, theirs: Mapping[str, Any], connection: socket.socket) -> tuple[bool, list[str]]:
@@ -284,7 +288,7 @@ def _compare(node: "Node", cfg: Config, theirs: Mapping[str, Any], connection: s
             here, there = ours[part].get(key), theirs[part].get(key)
             if here != there:
                 faults.append(f"{key}={here}, on node 0 {there}")
-    if theirs["code"] != ours["code"]:
+    if theirs["code"] != _code():
         faults.append(f"the code in {_PACKAGE} is not that of node 0; use the same commit")
     if not _sees(Path(cfg.run_dir) / _MARK, theirs["token"], min(_SHARED_SECONDS, node.join_seconds / 2)):
         faults.append(f"run_dir={Path(cfg.run_dir).absolute()} is not the folder that node 0 writes to")

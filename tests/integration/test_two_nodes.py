@@ -1,27 +1,32 @@
-"""recipes/train.sh on two nodes of this machine, and recipes/train_slurm.sh under a Slurm of two shell scripts."""
+"""recipes/train.sh on two nodes of this machine: nodes are lost and come back, a job is preempted and requeued."""
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megaeva.checkpoint.layout import complete_checkpoints
+from megaeva.config import load
 from megaeva.data.synthetic import make_shards
 from megaeva.observability.metrics import read_metrics
+from megaeva.parallel.runtime import Runtime
+from megaeva.trainer import Trainer
+from tests.helpers.ports import two_free_ports
+from tests.helpers.slurm import fake_slurm
+from tests.helpers.spawn import run_ranks
 from tests.integration.test_training import losses, write_recipe
 
-pytestmark = pytest.mark.exhaustive  # a minute: heartbeats of a lost node are awaited
-
 ROOT = Path(__file__).parents[2]
-STEPS = 40
-LENGTH = [f"train.total_samples={8 * STEPS}", "save.every_steps=5"]
+STEPS = 20
+LENGTH = [f"train.total_samples={8 * STEPS}", "save.every_steps=4"]
 
 
 @pytest.fixture(scope="module")
@@ -31,153 +36,152 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "*.tar")
 
 
+def _train(runtime: Runtime, recipe: str) -> int:
+    return Trainer(load(recipe, LENGTH), runtime, resume=False, recipe_changes=[]).fit()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str) -> dict[int, tuple[float, float]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = str(write_recipe(folder, shards))
-    main = "from megaeva.cli import app; app()"
-    command = [sys.executable, "-c", main, "train", recipe, "--processes", "2", *LENGTH]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return losses(folder / "run")
+    assert run_ranks(_train, 2, str(write_recipe(folder, shards))) == [0, 0]
+    result = losses(folder / "run")
+    assert len(result) == STEPS
+    return result
 
 
-def _environment(**other: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | other
+class Jobs:
+    """Processes whose output goes to files, none of which outlives the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, command: list[str], **environment: str) -> "subprocess.Popen[bytes]":
+        common = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+        with (self._folder / f"{name}.log").open("ab") as log:
+            env = os.environ | common | environment
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        self._started.append(process)
+        return process
+
+    def said(self, name: str) -> str:
+        """All that the processes of this name printed."""
+        return (self._folder / f"{name}.log").read_text()
+
+    def everything(self) -> str:
+        """What all printed, for the message of a failed test."""
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in sorted(self._folder.glob("*.log")))
+
+    def await_step(self, run_dir: Path, step: int) -> None:
+        """Returns after this step and a checkpoint."""
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and not any(process.poll() for process in self._started):
+            saved = complete_checkpoints(run_dir / "checkpoints")
+            if saved and (metrics := read_metrics(run_dir)) and metrics[-1]["step"] >= step:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} or its first checkpoint not reached\n{self.everything()}")
+
+    def ends(self, *processes: "subprocess.Popen[bytes]") -> list[int]:
+        """Their exit codes."""
+        try:
+            return [process.wait(timeout=300) for process in processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end\n{self.everything()}") from None
+
+    def kill_all(self) -> None:
+        """Whatever still runs."""
+        for process in self._started:
+            if process.poll() is None:
+                for member in _family(process):
+                    member.kill()
+                process.wait()
 
 
-def _free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
+def _family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The process and all below it."""
+    top = psutil.Process(process.pid)
+    return [top, *top.children(recursive=True)]
 
 
-def _wait_for_step(run_dir: Path, step: int) -> None:
-    """And for a checkpoint."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        saved = complete_checkpoints(run_dir / "checkpoints")
-        if saved and (metrics := read_metrics(run_dir)) and metrics[-1]["step"] >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} or its first checkpoint not reached")
+@contextmanager
+def _jobs(folder: Path) -> Iterator[Jobs]:
+    jobs = Jobs(folder)
+    try:
+        yield jobs
+    finally:
+        jobs.kill_all()
 
 
-def _kill_node(process: "subprocess.Popen[bytes]") -> None:
+def _kill_machine(process: "subprocess.Popen[bytes]") -> None:
     """Everything at once, as when the power fails."""
-    agent = psutil.Process(process.pid)
-    for member in [agent, *agent.children(recursive=True)]:
+    for member in _family(process):
         member.kill()
     process.wait()
 
 
+def _kill_agent(process: "subprocess.Popen[bytes]") -> None:
+    """Only torchrun's agent; its rank, which nobody tells, ends by itself."""
+    _, *ranks = _family(process)
+    assert ranks
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=10)
+    assert gone
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    "kill", [_kill_agent, pytest.param(_kill_machine, marks=pytest.mark.exhaustive)], ids=["agent", "machine"]
+)
 def test_a_node_killed_and_started_again_repeats_every_loss(
-    tmp_path: Path, shards: str, undisturbed: dict[int, tuple[float, float]]
+    tmp_path: Path,
+    shards: str,
+    undisturbed: dict[int, tuple[float, float]],
+    kill: "Callable[[subprocess.Popen[bytes]], None]",
 ) -> None:
     recipe = write_recipe(tmp_path, shards)
-    port = _free_port()
+    port = str(two_free_ports())
 
-    def start(rank: int, *arguments: str) -> "subprocess.Popen[bytes]":
-        place = {"NNODES": "2", "NODE_RANK": str(rank), "PROCESSES": "1", "JOIN_SECONDS": "120"}
-        with (tmp_path / f"node_{rank}.log").open("ab") as log:
-            return subprocess.Popen(
-                ["bash", "recipes/train.sh", str(recipe), *arguments, *LENGTH],
-                cwd=ROOT,
-                env=_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+    with _jobs(tmp_path) as jobs:
 
-    nodes = [start(0), start(1)]
-    try:
-        _wait_for_step(tmp_path / "run", 7)
-        _kill_node(nodes[1])
+        def start(rank: int, *arguments: str) -> "subprocess.Popen[bytes]":
+            place = {"NNODES": "2", "NODE_RANK": str(rank), "PROCESSES": "1", "JOIN_SECONDS": "240"}
+            command = ["bash", "recipes/train.sh", str(recipe), *arguments, *LENGTH]
+            return jobs.start(f"node_{rank}", command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+
+        nodes = [start(0), start(1)]
+        jobs.await_step(tmp_path / "run", 6)
+        kill(nodes[1])
         nodes[1] = start(1, "--resume")
-        codes = [node.wait(timeout=150) for node in nodes]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                _kill_node(node)
-    said = (tmp_path / "node_0.log").read_text()
-    assert codes == [0, 0], said
+        assert jobs.ends(*nodes) == [0, 0], jobs.everything()
+        said = jobs.said("node_0") + jobs.said("node_1")
     assert re.search(r"resuming step \d+ from", said)
     assert losses(tmp_path / "run") == undisturbed
-    outputs = list((tmp_path / "run" / "logs").glob("node_*/*/attempt_*/*/stdout.log"))
-    assert {path.relative_to(tmp_path / "run" / "logs").parts[0] for path in outputs} == {"node_0", "node_1"}
+    # Each start of the ranks has left its output: of node 1 the lost one and the one that came back.
+    logs = tmp_path / "run" / "logs"
+    starts = {path.relative_to(logs).parts[:2] for path in logs.glob("node_*/start_*/attempt_*/0/stdout.log")}
+    assert {("node_0", "start_1"), ("node_0", "start_2"), ("node_1", "start_1"), ("node_1", "start_2")} <= starts
+    steps = [path.read_text().count("run · step") for path in sorted(logs.glob("*/start_*/*/0/stdout.log"))]
+    assert sum(count > 0 for count in steps) == 2, "of rank 0, before and after"
 
 
-SRUN = """#!/bin/bash
-# Two tasks, each on a node of its own; a signal goes to both.
-[[ "$1 $2 $3" == "--nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1" ]] || exit 99
-shift 3
-for node in 0 1; do SLURM_NODEID=$node SLURM_STEP_NUM_NODES=2 "$@" & tasks+=($!); done
-trap 'kill -TERM "${tasks[@]}"' TERM
-code=0
-for task in "${tasks[@]}"; do
-    while true; do one=0; wait "$task" || one=$?; kill -0 "$task" 2>/dev/null || break; done
-    [[ $one -eq 0 ]] || code=$one
-done
-exit $code
-"""
-SCONTROL = """#!/bin/bash
-case "$1" in show) echo 127.0.0.1 ;; requeue) echo "$2" > "$REQUEUED" ;; esac
-"""
-
-
+@pytest.mark.exhaustive  # half a minute of CPU time
 def test_a_preempted_job_is_requeued_and_goes_on(
     tmp_path: Path, shards: str, undisturbed: dict[int, tuple[float, float]]
 ) -> None:
     recipe = write_recipe(tmp_path, shards)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    # scontrol names 127.0.0.1, which the script refuses as it must; the fake cluster is this machine.
-    script = (ROOT / "recipes/train_slurm.sh").read_text().replace('"$MASTER_ADDR" =~ ^(localhost|127\\.)', '"" =~ x')
-    (tmp_path / "train_slurm.sh").write_text(script)
-    requeued = tmp_path / "requeued"
-    slurm = {
-        "SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "two", "SLURM_SUBMIT_DIR": str(ROOT),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "REQUEUED": str(requeued), "PROCESSES": "1",
-        "MASTER_PORT": _free_port(), "JOIN_SECONDS": "60",
-    }  # fmt: skip
-
-    def start(**other: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            ["bash", str(tmp_path / "train_slurm.sh"), str(recipe), *LENGTH],
-            cwd=ROOT,
-            env=_environment(**slurm, **other),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    first = start()
-    _wait_for_step(tmp_path / "run", 7)
-    first.send_signal(signal.SIGTERM)  # to the batch script alone, as --signal=B: does
-    out, _ = first.communicate(timeout=100)
-    assert first.returncode == 143, out
-    assert "SIGTERM: step" in out
-    assert requeued.read_text() == "77\n"
-    assert max(losses(tmp_path / "run")) < STEPS
-    second = start(SLURM_RESTART_COUNT="1")
-    out, _ = second.communicate(timeout=150)
-    assert second.returncode == 0, out
-    assert "resuming step" in out
+    slurm = fake_slurm(tmp_path, ROOT, 2) | {"PROCESSES": "1", "MASTER_PORT": str(two_free_ports())}
+    command = ["bash", "recipes/train_slurm.sh", str(recipe), *LENGTH]
+    with _jobs(tmp_path) as jobs:
+        first = jobs.start("first", command, JOIN_SECONDS="240", **slurm)
+        jobs.await_step(tmp_path / "run", 6)
+        first.send_signal(signal.SIGTERM)  # to the batch script alone, as --signal=B: does
+        assert jobs.ends(first) == [143], jobs.everything()
+        assert "SIGTERM: step" in jobs.said("first")
+        assert (tmp_path / "requeued").read_text() == "77\n"
+        assert max(losses(tmp_path / "run")) < STEPS
+        second = jobs.start("second", command, JOIN_SECONDS="240", SLURM_RESTART_COUNT="1", **slurm)
+        assert jobs.ends(second) == [0], jobs.everything()
+        assert "resuming step" in jobs.said("second")
     assert losses(tmp_path / "run") == undisturbed
-
-
-def test_nodes_that_do_not_meet_train_nothing(tmp_path: Path, shards: str) -> None:
-    """Two nodes that both believe to be the first: neither becomes a job of its own."""
-    recipe = write_recipe(tmp_path, shards)
-    place = {"NNODES": "2", "NODE_RANK": "0", "PROCESSES": "1", "JOIN_SECONDS": "3", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        ["bash", "recipes/train.sh", str(recipe)],
-        cwd=ROOT,
-        env=_environment(MASTER_PORT=_free_port(), **place),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "error: node 0 of 2 did not meet the others at 127.0.0.1" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -18,6 +18,7 @@ from megaeva.errors import UserError
 from megaeva.loop import meeting as meeting_module
 from megaeva.loop.meeting import Host, meeting, reach
 from megaeva.loop.node import Node, read_node
+from tests.helpers.ports import two_free_ports
 from tests.integration.test_training import write_recipe
 
 
@@ -32,20 +33,10 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(meeting_module, name, 1.0)
 
 
-def _two_free_ports() -> str:
-    for port in range(23000, 60000, 17):
-        try:
-            with socket.create_server(("", port)), socket.create_server(("", port + 1)):
-                return str(port)
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
-
-
 @pytest.fixture
 def place(cfg: Config) -> Callable[..., Node]:
     """A node's place in a job of two."""
-    port = _two_free_ports()
+    port = str(two_free_ports())
 
     def make(rank: int, nnodes: int = 2, **other: str) -> Node:
         environment = {
