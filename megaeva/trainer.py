@@ -76,6 +76,7 @@ class Trainer:
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
         self.last_save_at = time.monotonic()
         self.signal_received = 0
+        on_gpu = runtime.device.type == "cuda"
         starts = [report.record() for report in self.task.start_reports]
         with together("writing to the run folder"):
             self.record = RunRecord(
@@ -92,13 +93,13 @@ class Trainer:
                 dump(cfg, self.run_dir / "config.yaml")
                 made_with = manifest(
                     world_size=runtime.world_size,
-                    gpu=chip() if runtime.device.type == "cuda" else None,
+                    gpu=chip() if on_gpu else None,
                     shards=self.loader.shards,
                     phases=self.loader.phases,
                     starts=starts,
                 )
                 self.record.write_json("manifest.json", made_with)
-        self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank)
+        self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank, on_gpu=on_gpu)
         changed = [f"changed since then: {line}" for line in self.changed]
         resumed = [f"resuming step {self.next_step} from {newest}", *changed, *self.begun_anew] if newest else []
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []

@@ -60,6 +60,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     from megaeva.observability.profile import PARTS
 
@@ -75,10 +76,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     numbers = sorted({row["ranks"] for row in rows})
     left.set_xticks(numbers, map(str, numbers))
     left.xaxis.set_minor_locator(pyplot.NullLocator())
+    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_minor_formatter(ScalarFormatter())
     if left.lines:
         left.legend(fontsize=7)
     names = [
-        f"{row['size']} {row['precision']} {row['layout']} x{row['ranks']} b{row['global_batch_size']}" for row in rows
+        f"{row['size']} {row['precision']} {row['layout']} x{row['ranks']} b{row['global_batch_size']}: "
+        f"{row['samples_per_second']:.4g}/s"
+        for row in rows
     ]
     begin = [0.0] * len(rows)
     for part in PARTS:
@@ -86,6 +91,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         right.barh(range(len(rows)), widths, left=begin, label=part)
         begin = [start + width for start, width in zip(begin, widths, strict=True)]
     right.set_yticks(range(len(rows)), names, fontsize=7)
+    right.invert_yaxis()  # in the table's order
     right.set_xlabel("% of the traced steps, rank 0")
     right.legend(fontsize=7, ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()

@@ -7,6 +7,7 @@
 
 import gzip
 import json
+import os
 import re
 import sys
 import zlib
@@ -15,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megaeva.config.schema import ProfileSection
@@ -44,12 +44,13 @@ class StepProfiler:
         run_dir: `profile/` in it gets rank_R_steps_A_B.json.gz (chrome://tracing, Perfetto) and a table of the same
             name, .txt.
         rank: this process's.
+        on_gpu: trace its kernels, too.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path, rank: int) -> None:
+    def __init__(self, section: ProfileSection | None, run_dir: Path, rank: int, *, on_gpu: bool = False) -> None:
         traced = section is not None and (section.ranks == "all" or rank in section.ranks)
         self._section = section if traced else None
-        self._folder, self._rank = run_dir / "profile", rank
+        self._folder, self._rank, self._on_gpu = run_dir / "profile", rank, on_gpu
         self._speaks = section is not None and rank == (0 if section.ranks == "all" else min(section.ranks))
         self._profile: Any = None
         self._window: Any = None
@@ -59,10 +60,10 @@ class StepProfiler:
         """Begin the window with its first step; call before the step's data are read."""
         if self._section is not None and self._profile is None and step >= self._section.first_step:
             self._first = step
-            activities = [ProfilerActivity.CPU]
-            if ProfilerActivity.CUDA in torch.profiler.supported_activities():
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=activities)
+            if not self._on_gpu:
+                os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints the lack of a GPU as an error
+            on_device = [ProfilerActivity.CUDA] if self._on_gpu else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
             self._profile.start()
             self._window = record_function(WINDOW)
             self._window.__enter__()
@@ -132,7 +133,8 @@ def shares(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
     A moment counts as the first part that is under way in it. On a GPU: matmul, memory-bound, communication (so what is
     hidden behind computation costs nothing), data, idle. On a CPU the data come first, as a rank that decodes runs
-    operations of its own; and idle is Python between the operations, too.
+    operations of its own; and idle is Python between the operations, too. Communication contains the wait for a rank
+    that comes later.
 
     Raises:
         DataError: no window in the trace.
