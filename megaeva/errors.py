@@ -25,6 +25,7 @@ _TIMED_OUT = re.compile(
     r"collective operation timeout"
 )
 _DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG))
+_OTHER_KIND = frozenset((errno.EISDIR, errno.ENOTDIR, errno.EEXIST))
 _PATIENCE_SECONDS = 10.0
 
 
@@ -94,10 +95,16 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def explain_disk_error(error: OSError) -> str | None:
-    """The message of a disk that refuses a file (full, read-only, forbidden); None for any other error."""
+    """The message of a disk that refuses a file (full, read-only, forbidden, a folder of its name); None for any other
+    error."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _OTHER_KIND:
+        return (
+            f"{where}{error.strerror}; files and folders of a run must be able to take their names; move away what has "
+            "this one, or write elsewhere (run_dir=...)"
+        )
     if error.errno not in _DISK_ERRORS:
         return None
-    where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}{error.strerror}; the folder of a run must be writable and its disk must have space left; "
         "free some, or write elsewhere (run_dir=...)"

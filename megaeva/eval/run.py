@@ -119,6 +119,7 @@ def _write_results(path: Path, results: dict[str, dict[str, float]], *, averaged
         before = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # none yet, or one cut off half way
         before = {}
+    before = before if isinstance(before, dict) else {}
     kept = {name: values for name, values in before.items() if name.startswith(_AVERAGED) != averaged}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")

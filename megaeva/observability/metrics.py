@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from megaeva.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
@@ -120,17 +122,24 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a last line that a kill cut short is left out, any other broken line is an error."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    """The whole lines; a last line that a kill cut short is left out. DataError: any other line is broken."""
+    lines = path.read_bytes().split(b"\n")
     parsed = []
     for number, text in enumerate(lines, 1):
         if not text:
             continue
         try:
-            parsed.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number != len(lines):  # the writer ends each line with a newline: only an unfinished one has none
-                raise
+            line = json.loads(text)
+            if not isinstance(line, dict) or not line.keys() >= {"step", "wall_time"}:
+                raise ValueError("it has no step and wall_time")
+            parsed.append(line)
+        except ValueError as error:
+            if number == len(lines):  # the writer ends each line with a newline: only an unfinished one has none
+                continue
+            raise DataError(
+                f"{path}:{number} is no line of figures ({error}); each must be a JSON object as a run writes it; "
+                "delete that line, or move the file away (the run goes on and begins another)."
+            ) from error
     return parsed
 
 

@@ -112,6 +112,7 @@ def test_a_checkpoint_that_is_deleted_before_it_is_read(
         ('{"b": 2, "a": 3, "ema/b": 4}', True, {"b": 2, "a": 3, "ema/a": 1}),
         ('{"b": 2, "a": 3, "ema/b": 4}', False, {"a": 1, "ema/b": 4}),
         ('{"b": 2, "a', False, {"a": 1}),
+        ("[1]", False, {"a": 1}),
     ],
 )
 def test_figures_of_the_other_weights_stay(tmp_path: Path, before: str, averaged: bool, after: dict[str, int]) -> None:

@@ -329,6 +329,12 @@ def test_full_disk_under_the_metrics(
     assert "must have space" in message
 
 
+def test_a_folder_in_the_place_of_a_file(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (recipe.parent / "run" / "metrics.jsonl").mkdir(parents=True)
+    message = fail(capfd, recipe)
+    assert "metrics.jsonl: Is a directory" in message and "move away what has this one" in message
+
+
 def test_metrics_are_on_the_disk_before_a_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint outlives a machine that fails; so must the lines of its steps, which no resumed run makes again."""
     on_disk: list[int] = []

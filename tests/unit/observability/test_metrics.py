@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megaeva.errors import DataError
 from megaeva.observability.metrics import MetricLog, read_metrics
 
 
@@ -39,12 +40,14 @@ def test_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"{oops", b"\0\0\0", b"\xff\xfe", b"[1]", b'{"step": 1}'])
+def test_broken_line_in_the_middle_is_an_error(tmp_path: Path, line: bytes) -> None:
     _log(tmp_path, range(1, 3))
     path = tmp_path / "metrics.jsonl"
-    path.write_text("{oops\n" + path.read_text())
-    with pytest.raises(ValueError):
-        read_metrics(tmp_path)
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    for read in (lambda: read_metrics(tmp_path), lambda: MetricLog(tmp_path, first_step=1, tensorboard=False)):
+        with pytest.raises(DataError, match=r"metrics\.jsonl:1 is no line of figures .* or move the file away"):
+            read()
 
 
 def test_non_finite_values_survive_as_valid_json(tmp_path: Path) -> None:
