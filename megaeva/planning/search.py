@@ -12,7 +12,7 @@ from megaeva.config.schema import Config, ModelSection, ParallelSection
 from megaeva.config.topology import microbatches, virtual_stages
 from megaeva.config.validate import RULES, problems
 from megaeva.config.world import world_fault
-from megaeva.planning.estimate import Plan, plan
+from megaeva.planning.estimate import Plan, StageBytes, plan
 from megaeva.planning.formulae import GIB
 from megaeva.planning.gpus import GPUS, Gpu, Precision
 from megaeva.planning.table import columns, in_bytes
@@ -325,7 +325,12 @@ def _spans(numbers: Sequence[int]) -> str:
 def _nothing_fits(found: Search) -> list[str]:
     planned = [family.nearest for family in found.families if family.nearest is not None]
     if not planned:
-        return ["No layout keeps the rules; change the number of GPUs or train.global_batch_size."]
+        batch = found.cfg.train.global_batch_size
+        near = sorted(divisors(batch), key=lambda number: abs(number - found.num_gpus))[:2]
+        return [
+            f"No layout keeps the rules on {found.num_gpus} GPUs; each must have a share of the batch of {batch}; use "
+            f"--gpus {' or '.join(map(str, sorted(near)))}, or change train.global_batch_size."
+        ]
     nearest = min(planned, key=lambda one: one.worst.total)
     worst, gpu = nearest.worst, found.gpu
     part = max(worst.parts, key=lambda name: worst.parts[name])
@@ -344,7 +349,23 @@ def _nothing_fits(found: Search) -> list[str]:
         *_wrapped(overrides(nearest.cfg, found.cfg)),
         f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}. On {found.num_gpus} GPUs of "
         f"{worst.total / GIB:.0f} GiB it would fit ({_larger(worst.total)}).",
+        *_on_host(found, worst),
     ]
+
+
+def _on_host(found: Search, worst: StageBytes) -> list[str]:
+    """What fits when the host's memory holds the decoded images."""
+    if not worst.parts["images"]:
+        return []
+    best = search(_decoded_on_host(found.cfg), found.num_gpus, found.gpu, found.teacher).best
+    if not best:
+        return ["Nor does it with data.decoder=pillow, which keeps decoded images in the host's memory."]
+    head = f"It fits with the images decoded on the host, {in_bytes(best[0].host_image_bytes)} of its memory a GPU:"
+    return [head, *_wrapped(overrides(best[0].cfg, found.cfg))]
+
+
+def _decoded_on_host(cfg: Config) -> Config:
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"decoder": "pillow"})})
 
 
 def _larger(total: int) -> str:
@@ -367,8 +388,7 @@ def remedies(one: Plan, teacher: ModelSection | None) -> list[str]:
     layouts = (one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)}) for values in cuts)
     share, _ = microbatches(one.cfg, axes, one.num_gpus)
     smaller = (_with(one.cfg, "train", micro_batch_size=size) for size in reversed(divisors(share)) if size < share)
-    decoder = one.cfg.model_copy(update={"data": one.cfg.data.model_copy(update={"decoder": "pillow"})})
-    on_host = [decoder] if one.worst.parts["images"] else []
+    on_host = [_decoded_on_host(one.cfg)] if one.worst.parts["images"] else []
     ways = [*filter(fits, on_host), *filter(fits, layouts), *islice(filter(fits, smaller), 1)]
     lines = [f"it would fit with: {' '.join(overrides(cfg, one.cfg))}" for cfg in ways]
     return lines or ["no single change makes it fit; try --search"]

@@ -94,6 +94,14 @@ def test_nothing_fits() -> None:
     assert text.startswith("Nothing fits: the least is ")
     assert "too many, with:" in text
     assert "Most of it is " in text
+    assert "Nor does it with data.decoder=pillow" in text
+    with pytest.raises(UserError, match=r"on 7 GPUs; .*use --gpus 6 or 8, or change train.global_batch_size") as caught:
+        run_plan(EVA_18B, [], 7, "a100-40", searching=True)
+    recipe = RECIPES / "clip_eva02_e14plus.yaml"
+    with pytest.raises(UserError, match="It fits with the images decoded on the host") as caught:
+        run_plan(recipe, ["data.decoder=auto"], 24, "a100-40", searching=True)
+    changes = str(caught.value).split("a GPU:")[1].split("\n\n")[0].replace("\\", "").split()
+    assert plan(load(recipe, changes), 24, GPUS["a100-40"]).fits
 
 
 def test_what_would_make_a_plan_fit() -> None:
