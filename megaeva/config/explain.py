@@ -76,6 +76,7 @@ _MUST_BE = {
     "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text",
     "dict_type": "a mapping of keys", "model_type": "a section of keys", "model_attributes_type": "a section of keys",
     "tuple_type": "a list", "list_type": "a list", "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
 }  # fmt: skip
 _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _ADVICE = {

@@ -4,9 +4,12 @@ Defaults are neutral; what a published model used is written in recipes/, with i
 Unknown keys are errors (`extra="forbid"`); `megaeva.config.load` turns all of them into one message with file and line.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+PathText = Annotated[str, Field(min_length=1)]
+"""Of a file or a folder. An empty one would be the current folder."""
 
 
 class Section(BaseModel):
@@ -97,7 +100,7 @@ class ModelSection(Section):
 class TeacherSection(Section):
     """The frozen CLIP whose vision tower is distilled."""
 
-    checkpoint: str = Field(
+    checkpoint: PathText = Field(
         description="run folder of a contrastive run (its newest checkpoint), one checkpoint, or a file of any format "
         "that `megaeva convert` reads"
     )
@@ -137,9 +140,9 @@ class InitSection(Section):
     What is not named starts fresh.
     """
 
-    clip: str | None = None
-    vision: str | None = None
-    text: str | None = None
+    clip: PathText | None = None
+    vision: PathText | None = None
+    text: PathText | None = None
     resize: Literal["upstream", "timm"] = Field(
         "upstream",
         description="positions and patch kernels of another size; upstream: bicubic as EVA-CLIP; timm: antialiased",
@@ -180,7 +183,9 @@ class DataSection(Section):
     num_workers: int = Field(0, ge=0, le=1024, description="decoding processes on each rank; 0 decodes in the trainer")
     shuffle_buffer: int = Field(2048, ge=1, description="samples, on each worker")
     augment: AugmentSection = AugmentSection()
-    tokenizer_subset: str | None = Field(None, description="vocab.json that `megaeva data` wrote; None: all 49,408")
+    tokenizer_subset: PathText | None = Field(
+        None, description="vocab.json that `megaeva data` wrote; None: all 49,408"
+    )
     max_dropped_share: float = Field(0.01, ge=0.0, le=1.0, description="broken samples above this share stop the run")
     max_image_pixels: int = Field(64_000_000, gt=0, description="larger images are dropped as decompression bombs")
 
@@ -382,7 +387,7 @@ class ZeroShotSection(Section):
     """A zero-shot classification set."""
 
     shards: tuple[str, ...]
-    classes: str = Field(description='JSON file: {"classes": [...], "templates": ["a photo of a {}.", ...]}')
+    classes: PathText = Field(description='JSON file: {"classes": [...], "templates": ["a photo of a {}.", ...]}')
 
 
 class RetrievalSection(Section):
@@ -408,7 +413,7 @@ class Config(Section):
     """One training run."""
 
     task: Literal["mim", "contrastive"]
-    run_dir: str
+    run_dir: PathText
     seed: int = Field(0, ge=0, lt=2**63)
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelSection
@@ -438,14 +443,14 @@ class LaunchSection(Section):
 class StageSection(Section):
     """One torchrun job: a recipe beside the loop's file, and keys set on top of it."""
 
-    recipe: str
+    recipe: PathText
     set: dict[str, object] = Field({}, description="key.path: value, as on the command line")
 
 
 class TeacherStageSection(Section):
     """Round 0: a run folder that exists, or a contrastive recipe that makes it. Exactly one."""
 
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     stage: StageSection | None = None
 
 
@@ -463,7 +468,7 @@ class RoundSection(Section):
 class LoopConfig(Section):
     """A weak-to-strong chain."""
 
-    run_dir: str
+    run_dir: PathText
     seed: int = Field(0, ge=0, lt=2**63)
     launch: LaunchSection = LaunchSection()
     teacher: TeacherStageSection

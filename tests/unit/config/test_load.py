@@ -153,6 +153,8 @@ MISTAKES = {
     "section expected": (RECIPE + "save: 5\n", (), ["save=5", "must be a section of keys"]),
     "list expected": (RECIPE, ("data.train=a.tar",), ["data.train", "must be a list"]),
     "out of range": (RECIPE, ("optim.vision.lr=0",), ["optim.vision.lr=0", "must be above 0"]),
+    "empty folder": (RECIPE, ("run_dir=''",), ['run_dir="" (command line)', "must be text that is not empty"]),
+    "empty path": (RECIPE, ("init.clip=''",), ['init.clip="" (command line)', "must be text that is not empty"]),
     "not finite": (RECIPE, ("optim.weight_decay=.nan",), ["optim.weight_decay=.nan", "finite"]),
     "too large": (RECIPE, ("optim.weight_decay=1e999",), ["optim.weight_decay=1e999", "finite"]),
     "unknown choice": (RECIPE, ("train.precision=fp4",), ["train.precision=fp4", "bf16", "use"]),
