@@ -322,9 +322,13 @@ class _Step:
             forward += 2 * f.layer_input_bytes(vision.section, vision.work)
         yield "the first pass of vision", text_graph + forward, features
         local = batch // self.num_gpus
-        yield "the loss", text_graph + graph, features + f.loss_bytes(local, batch, embed, number)
+        yield (
+            "the loss",
+            text_graph + graph,
+            features + f.loss_bytes(local, batch, embed, number, not self.gpu.transformer_engine),
+        )
         if text.trained:
-            yield "backward of text", text.kept[0] + text.backward_work(0) + graph, features
+            yield "backward of text", text.backward_peak(0) + graph, features
         if vision.trained:
             yield "backward of vision", backward, features
 

@@ -198,11 +198,14 @@ def layer_input_bytes(section: VisionSection | TextSection, work: Work) -> int:
 
 
 def working_bytes(section: VisionSection | TextSection, work: Work, backward: bool) -> int:
-    """The most that one layer holds beside what is kept: in a forward pass its largest linear's input and output; in a
-    backward pass, which begins with the MLP, the gradient of the residual stream and the most of these.
+    """The most that one layer holds beside what is kept. In a forward pass that is the activation's input and output,
+    its own input, the first layer's, which the tower's frame holds, the sum after attention, and of a pre-norm layer
+    the norm's output. In a backward pass, which begins with the MLP, it is the gradient of the residual stream (above
+    the text tower's last layer that of the whole sequence, whose rows it is a view of) and the most of these.
 
     Let h be R f / t numbers. Autograd frees what an operator kept as soon as its backward is done, so:
-    fc2 has its input's gradient h and its weights' f w / t, before they are in the fp32 buffer. The activation has the
+    fc2 has its input's gradient h and its weights' f w / t, before they are in the fp32 buffer, and under sequence
+    parallelism its output's gathered gradient R w. The activation has the
     gradient of its output h in place of fc2's input, and of its input g h. fc1 has the latter in place of its output,
     which the activation kept, its own input's gradient R w and its weights' g f w / t, and fc2's input is gone. An
     inner norm keeps h more, which is gone when the activation begins; cut over t it keeps fp32, and computes in it: at
@@ -214,13 +217,17 @@ def working_bytes(section: VisionSection | TextSection, work: Work, backward: bo
     numbers, weights = work.rows * f // work.tp, f * w // work.tp * e
     hidden, stream = numbers * e, work.own_rows * w * e
     if not backward:
-        return (gates + 1) * hidden + 2 * stream
+        pre_norm = not isinstance(section, VisionSection) or section.norm_position == "pre"
+        return (gates + 1) * hidden + (3 + pre_norm) * stream
+    whole = work.rows * w * e
+    if isinstance(section, TextSection):
+        stream = whole
     inner = isinstance(section, VisionSection) and section.sub_ln_mlp
     inner_kept = inner * (4 * numbers if work.tp > 1 else hidden)
     moments = [
-        hidden + weights,
+        hidden + weights + (whole if work.sequence_parallel and work.tp > 1 else 0),
         gates * hidden - inner_kept,
-        work.rows * w * e + gates * weights - hidden - inner_kept,
+        whole + gates * weights - hidden - inner_kept,
     ]
     if inner and work.tp > 1:
         moments.append((12 if e == 4 else 16 + e) * numbers)
@@ -237,9 +244,9 @@ def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bo
     return work.rows * section.hidden_size * work.number * (4 if overlap else 1)
 
 
-def embedding_bytes(section: VisionSection | TextSection, work: Work) -> int:
+def embedding_bytes(section: VisionSection | TextSection, work: Work, backward: bool = True) -> int:
     """Beyond the first layer's own: pixels in the tower's dtype, for the gradient of the patch weights; under sequence
-    parallelism the whole sequence, of which a rank's rows are a view; ln_pre's input."""
+    parallelism the whole sequence, of which a rank's rows are a view; for a backward pass ln_pre's input."""
     extra = (work.rows - work.own_rows) * section.hidden_size * work.number
     if isinstance(section, TextSection):
         return extra + 8 * work.tokens * work.sequences
@@ -247,7 +254,17 @@ def embedding_bytes(section: VisionSection | TextSection, work: Work) -> int:
     if section.rope:  # cos and sin, shared by all layers; of each image's own patches where some are dropped
         copies = work.sequences if work.tokens < section.num_patches + 1 else 1
         extra += 8 * work.tokens * copies * (section.hidden_size // section.num_heads)
-    return extra + section.ln_pre * work.own_rows * (section.hidden_size * work.number + 8)
+    return extra + (section.ln_pre and backward) * work.own_rows * (section.hidden_size * work.number + 8)
+
+
+def embedding_gradient_bytes(section: VisionSection | TextSection, work: Work) -> int:
+    """At the end of a backward pass: the gradient of the words' vectors, whole on each rank that holds them before it
+    is in the fp32 buffer, and that of the sequence. Most of all where microbatches are small. Of patches nothing to
+    speak of."""
+    if not isinstance(section, TextSection):
+        return 0
+    cut = work.tp if section.vocab_size % work.tp == 0 else 1
+    return (section.vocab_size // cut + 2 * work.rows) * section.hidden_size * work.number
 
 
 def ending_bytes(section: VisionSection | TextSection, work: Work) -> int:
@@ -290,15 +307,42 @@ def feature_bytes(samples: int, embed_dim: int, e: int) -> int:
     return 2 * samples * embed_dim * e
 
 
-def loss_bytes(local: int, batch: int, embed_dim: int, e: int) -> int:
+def loss_bytes(local: int, batch: int, embed_dim: int, e: int, on_cpu: bool = False) -> int:
     """Of the contrastive loss on a rank with `local` pairs of `batch`.
 
-    Unit rows of both modalities, those of all ranks, fp32 gradients and one strip's, an fp32 tile of products with
-    16-bit weights beside it, and the float64 numbers of each pair. Never batch^2. Source: losses/contrastive.py, csrc.
+    Unit rows of both modalities of all ranks, a tile of products, fp32 gradients of this rank's rows and, while the
+    keys of other ranks are gone through, one more; on a single rank in 16 bits sums as large; and the float64 numbers
+    of each pair. Never batch^2. Source: losses/contrastive.py, csrc.
     """
-    tile = min(_TILE_ROWS, local) * min(_TILE_COLUMNS, batch) * (4 + (e if e == 2 else 0))
-    gathered = 2 * batch * embed_dim * e if batch > local else 0
-    return 2 * local * embed_dim * e + gathered + 3 * local * embed_dim * 4 + tile + 8 * 6 * batch
+
+    def tile(keys: int) -> int:
+        return _cpu_tile_bytes(local, keys, embed_dim, e) if on_cpu else _gpu_tile_bytes(local, keys, e)
+
+    gradient = 4 * local * embed_dim
+    if batch > local:
+        most = max(2 * gradient + tile(batch), 3 * gradient + tile(batch - local))
+    else:
+        most = (2 if e == 4 else 3) * gradient + tile(batch)
+    return 2 * batch * embed_dim * e + most + 8 * 6 * batch
+
+
+def _gpu_tile_bytes(queries: int, keys: int, e: int) -> int:
+    """fp32 products, 16-bit weights beside them."""
+    return min(_TILE_ROWS, queries) * min(_TILE_COLUMNS, keys) * (4 + (e if e == 2 else 0))
+
+
+def _cpu_tile_bytes(queries: int, keys: int, embed_dim: int, e: int) -> int:
+    """fp32 products and their transpose, panels of both sides that multiply by 64, fp32 copies of 16-bit rows, and
+    four numbers of each column for each 64 rows. Less with AVX512-BF16, whose panels are 16-bit. Source:
+    csrc/contrastive/matmul_cpu.h, contrastive_cpu.cpp."""
+    rows, columns = min(2048, queries), min(512, keys)
+    panels = _up(columns, 64) * embed_dim + _up(embed_dim, 64) * (columns + rows)
+    copies = (rows + columns) * embed_dim if e == 2 else 0
+    return 4 * (2 * rows * columns + panels + copies + 4 * -(-rows // 64) * columns)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def distillation_bytes(masked: int, width: int, out_dim: int, e: int) -> int:

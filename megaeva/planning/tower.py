@@ -108,6 +108,11 @@ class Tower:
         again = max(self._kept.values()) if whole else 0
         return again + self._backward_work
 
+    def backward_peak(self, rank: int) -> int:
+        """The most that a backward pass holds, what was kept for it included."""
+        most = self.kept_on(rank) + self.backward_work(rank)
+        return most if rank else max(most, f.embedding_gradient_bytes(self.section, self.work))
+
     @cached_property
     def _backward_work(self) -> int:
         return f.working_bytes(self.section, self.work, backward=True)
@@ -120,8 +125,10 @@ class Tower:
     @cached_property
     def forward_work(self) -> int:
         """Of a pass without gradients."""
-        edge = f.embedding_bytes(self.section, self.work) + f.layer_input_bytes(self.section, self.work)
-        return max(edge, f.working_bytes(self.section, self.work, backward=False))
+        edge = f.embedding_bytes(self.section, self.work, backward=False)
+        if self.name == "teacher" and isinstance(self.section, VisionSection):  # its frame holds embeddings of patches
+            edge += self.section.num_patches * self.work.sequences * self.section.hidden_size * self.work.number
+        return edge + f.working_bytes(self.section, self.work, backward=False)
 
     def _num_recomputed(self, chunk: range) -> int:
         mode = self.axes.recompute
