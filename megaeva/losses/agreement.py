@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup
 
 from megaeva.errors import FeatureError
@@ -54,7 +53,7 @@ def require_agreement(
     Raises:
         FeatureError: a ValueError that names the fault, the rank, the argument and the first row.
     """
-    if torch.compiler.is_compiling() or isinstance(image_BE, FakeTensor):
+    if torch.compiler.is_compiling() or (isinstance(image_BE, Tensor) and image_BE.is_meta):
         return
     tensors = [x for x in (image_BE, text_BE, log_scale) if isinstance(x, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")

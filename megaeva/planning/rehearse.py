@@ -6,7 +6,7 @@ is. So values mean nothing here; shapes, bytes, operators and seconds are those 
 
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 
 from megaeva.config.schema import Config, ModelSection, VisionSection
 from megaeva.config.topology import grid_axes
@@ -24,12 +22,13 @@ from megaeva.errors import ConfigError, UserError
 from megaeva.losses.contrastive import clip_loss, sigmoid_loss
 from megaeva.losses.feature_distill import negative_cosine_share
 from megaeva.model.fp8 import fp8_step
+from megaeva.model.layer import Pass
 from megaeva.model.mim_student import MIMStudent
 from megaeva.model.recompute import set_recompute
 from megaeva.model.sequence import gather_tokens
 from megaeva.model.text_tower import TextTower
 from megaeva.model.vision_tower import VisionTower
-from megaeva.ops import native_devices
+from megaeva.ops import attention, contrastive, layer_norm, native_devices, normalize_pack, swiglu
 from megaeva.parallel.grid import build_grids
 from megaeva.parallel.platform import DTYPES, apply_cpu_shim, gather_buffer
 from megaeva.parallel.runtime import Runtime
@@ -37,10 +36,11 @@ from megaeva.parallel.wrap import Tower, reduce_gradients, wrap
 from megaeva.planning import formulae as f
 from megaeva.planning.estimate import Plan, plan, stage_range
 from megaeva.planning.gpus import GPUS
-from megaeva.planning.meter import Meter
+from megaeva.planning.meter import Allocations, Meter, Products16, allocations
 from megaeva.planning.table import columns, in_bytes
 from megaeva.planning.tower import Tower as PlannedTower
 
+_OPERATORS: Any = [attention, contrastive, layer_norm, normalize_pack, swiglu]
 _PYTHON_BYTES = f.GIB  # an interpreter with PyTorch and Megatron-core, and what operators take inside
 
 
@@ -67,13 +67,17 @@ class Rehearsal:
     cfg: Config
     world_size: int
     rank: int
-    meta: bool
+    meter: Meter
     places: list[str] = field(default_factory=list)
     model_bytes: tuple[int, int] = (0, 0)
     pieces: list[Piece] = field(default_factory=list)
-    meter: Meter = field(default_factory=Meter)
     between_stages: int = 0  # bytes of a microbatch's hidden states
     resident: tuple[int, int] = (0, 0)  # of the process, before and at most
+
+    @property
+    def meta(self) -> bool:
+        """Whether it was without memory."""
+        return self.meter.meta
 
     @property
     def peak(self) -> tuple[int, int]:
@@ -93,7 +97,7 @@ def rehearse(
 
     Args:
         teacher: of a MIM run; None: it is left out.
-        meta: shapes only: no memory, no values.
+        meta: shapes only: no memory, no values. What operators take inside is then not measured.
 
     Raises:
         UserError: no such rank, or the machine's free memory is too small for it.
@@ -127,8 +131,7 @@ class _Stage:
         found = {vision: step.vision, "text": step.text, "teacher": step.teacher}
         self.planned = {name: replace(one, microbatches=1) for name, one in found.items() if one is not None}
         self.dtype = DTYPES[cfg.train.parameter_precision]
-        self.out = Rehearsal(cfg, self.world, rank, meta)
-        self.flops = FlopCounterMode(display=False, custom_mapping=_attention_flops())
+        self.out = Rehearsal(cfg, self.world, rank, Meter(_attention_flops(), meta=meta))
 
     def run(self) -> Rehearsal:
         out, cfg = self.out, self.cfg
@@ -136,12 +139,16 @@ class _Stage:
         if not self.meta:
             self._require_memory()
         before = _resident()
-        with ExitStack() as modes:
-            if self.meta:
-                modes.enter_context(_without_memory())
-            modes.enter_context(out.meter)
-            towers = {name: self._tower(name) for name in self.planned}
-            out.model_bytes = (out.model_bytes[0], out.meter.live)
+        slow = not self.meta and self.dtype is torch.bfloat16 and Products16.helps()
+        with (
+            _own_gather_buffer(),
+            _without_memory() if self.meta else nullcontext(),
+            Products16() if slow else nullcontext(),
+            out.meter,
+        ):
+            towers: dict[str, Tower] = {}
+            built = self._measured(lambda: towers.update({name: self._tower(name) for name in self.planned}))
+            out.model_bytes = (out.model_bytes[0], built.kept)
             trained = [tower for tower in towers.values() if tower.trained]
             with fp8_step(trained, cfg.train.fp8_in_use, "local"):
                 for name, tower in towers.items():
@@ -219,10 +226,10 @@ class _Stage:
                         result = negative_cosine_share(result, torch.randn_like(result), float(len(result)))
                     result.backward(torch.ones_like(result))
 
-        counted = self.flops if not one.fp8 else nullcontext()
         predicted = one.rank_flops(grid.pp_rank)
-        used = self._measured(work, counted)
-        measured = None if one.fp8 else (predicted, self.flops.get_total_flops())
+        before = self.out.meter.flops
+        used = self._measured(work).peak
+        measured = None if one.fp8 else (predicted, self.out.meter.flops - before)
         count = sum(parameter.numel() for parameter in tower.module.parameters())
         self.out.pieces.append(Piece(name, "; ".join(shapes), count, (self._work_bytes(name), used), measured))
 
@@ -237,7 +244,8 @@ class _Stage:
         vision: VisionTower = getattr(module, "vision", module)
         hidden = image = None
         if vision.blocks.is_first(chunk):
-            image = torch.randn(size, 3, section.image_size, section.image_size)
+            # In the tower's dtype: what of it is a copy, the tower's own, and what the batch's, is no question then.
+            image = torch.randn(size, 3, section.image_size, section.image_size, dtype=self.dtype)
         else:
             rows = one.work.own_rows // size
             hidden = torch.randn(rows, size, section.hidden_size, dtype=self.dtype).requires_grad_(one.trained)
@@ -289,17 +297,21 @@ class _Stage:
                 loss = clip_loss(image, text, scale, group=group, label_smoothing=cfg.loss.label_smoothing)
             loss.backward()
 
-        used = self._measured(work, nullcontext())
+        used = self._measured(work).peak
         shapes = f"2 x [{rows}, {width}] of {cfg.train.global_batch_size:,} pairs"
         self.out.pieces.append(Piece("loss", shapes, 0, (self._loss_bytes(), used), None))
 
-    def _measured(self, work: Callable[[], None], counted: Any) -> int:
-        """Bytes that a pass took at its worst moment, above what was there."""
+    def _measured(self, work: Callable[[], None]) -> Allocations:
+        """What `work` took and left. Each pass gathers into a buffer of its own."""
+        gather_buffer().buffer = {}
+        if not self.meta:
+            with allocations() as found:
+                work()
+            return found
         meter = self.out.meter
         meter.peak = before = meter.live
-        with counted:
-            work()
-        return meter.peak - before
+        work()
+        return Allocations(meter.live - before, meter.peak - before)
 
     # --------------------------------------------------------------------------------------------------- prediction
 
@@ -309,7 +321,7 @@ class _Stage:
         gathered = f.gathered_bytes(one.section, one.work, one.axes.tp_comm_overlap)
         if not one.trained:
             return one.forward_work + gathered
-        total = one.kept[rank] + one.backward_work(rank) + gathered
+        total = one.backward_peak(rank) + gathered
         if name == "student" and self.grids[name].is_last_stage:
             assert self.cfg.mim is not None
             masked = self.cfg.mim.mask.num_masked * one.work.sequences
@@ -319,7 +331,8 @@ class _Stage:
     def _loss_bytes(self) -> int:
         batch, width = self.cfg.train.global_batch_size, self.cfg.model.embed_dim
         rows, number = batch // self.world, self.planned["vision"].work.number
-        return 2 * f.feature_bytes(rows, width, number) + f.loss_bytes(rows, batch, width, number)
+        # Both towers' features, whose gradients come when the tile is gone.
+        return f.feature_bytes(rows, width, number) + f.loss_bytes(rows, batch, width, number, on_cpu=True)
 
 
 def rehearsal_lines(one: Rehearsal) -> list[str]:
@@ -366,20 +379,36 @@ def _fill(module: nn.Module) -> None:
 
 
 @contextmanager
-def _without_memory() -> Iterator[None]:
-    """Tensors have shapes only. Megatron-core's generator states, which no layer here draws from, are left alone: it
-    would compare their values. Its buffer of gathered sequences is another one meanwhile: it outlives the mode."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker  # at the top it would precede parallel.platform
-
-    tracker, buffer = get_cuda_rng_tracker(), gather_buffer()
-    tracker.fork = lambda *_: nullcontext()
-    kept, buffer.buffer = buffer.buffer, {}
+def _own_gather_buffer() -> Iterator[None]:
+    """Megatron-core's buffer of gathered sequences is another one meanwhile: it outlives a rehearsal."""
+    buffer = gather_buffer()
+    kept = buffer.buffer
     try:
-        with FakeTensorMode():
-            yield
+        yield
     finally:
         buffer.buffer = kept
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """What tensors of the meta device need: the native operators that a CPU has, whose shapes are known, and no
+    generators, of which there are none there; no layer here draws from Megatron-core's, which compares their states.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker  # at the top it would precede parallel.platform
+
+    tracker = get_cuda_rng_tracker()
+    devices = [module._NATIVE_DEVICES for module in _OPERATORS]
+    tracker.fork = lambda *_: nullcontext()
+    draw, Pass.generator = Pass.generator, lambda *_: None  # type: ignore[method-assign, assignment]
+    for module in _OPERATORS:
+        module._NATIVE_DEVICES |= {"meta"} if "cpu" in module._NATIVE_DEVICES else set()
+    try:
+        yield
+    finally:
         del tracker.fork
+        Pass.generator = draw  # type: ignore[method-assign]
+        for module, found in zip(_OPERATORS, devices, strict=True):
+            module._NATIVE_DEVICES = found
 
 
 def _attention_flops() -> dict[Any, Any]:
