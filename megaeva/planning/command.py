@@ -3,6 +3,7 @@
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 from megaeva.checkpoint.layout import read_model_section_if_there
 from megaeva.config import VARIANTS, check_world, load
@@ -12,7 +13,7 @@ from megaeva.errors import ConfigError, UserError
 from megaeva.planning.estimate import plan
 from megaeva.planning.gpus import find_gpu
 from megaeva.planning.report import plan_json, plan_lines, write_plot
-from megaeva.planning.search import remedies, search, search_lines
+from megaeva.planning.search import rejected_lines, remedies, search, search_lines
 
 
 def run_plan(
@@ -46,16 +47,16 @@ def run_plan(
     if searching:
         found = search(cfg, num_gpus, gpu, teacher)
         lines, plans = search_lines(found), found.best
+        tried, rejected = found.tried, rejected_lines(found)
         if not plans:
             raise UserError("\n".join(lines))
     else:
         plans = [plan(cfg, num_gpus, gpu, teacher)]
         lines = plan_lines(plans[0]) + remedies(plans[0], teacher)
     if json_path is not None:
-        values = [plan_json(one) for one in plans]
-        json_path.write_text(
-            json.dumps({"best": values} if searching else values[0], indent=2) + "\n", encoding="utf-8"
-        )
+        values: Any = [plan_json(one) for one in plans]
+        values = {"tried": tried, "best": values, "not_possible": rejected} if searching else values[0]
+        json_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if plot_path is not None:
         write_plot(plans[0], plot_path)
     return lines

@@ -6,7 +6,7 @@ from typing import Any
 from megaeva.config.topology import data_ranks, step_axes
 from megaeva.errors import UserError
 from megaeva.planning.estimate import PARTS, PhaseSeconds, Plan, StageBytes, stage_range
-from megaeva.planning.formulae import GIB
+from megaeva.planning.formulae import GIB, warmup_depth
 from megaeva.planning.table import columns, in_bytes
 
 _FEW_STAGES = 8
@@ -54,11 +54,19 @@ def _memory(plan: Plan) -> list[str]:
     rows: list[tuple[str, ...]] = [("GiB on a rank", *(_title(plan, stage) for stage in stages))]
     rows += [(part, *(_gib(stage.parts[part]) for stage in stages)) for part in names]
     rows.append(("together", *(_gib(stage.total) for stage in stages)))
+    if len(plan.stages) > 1:
+        rows.append(("passes in flight", *(str(_in_flight(plan, stage)) for stage in stages)))
     lines = columns(rows, right=tuple(range(1, len(stages) + 1)))
     worst, over = plan.worst, plan.worst.total - plan.capacity
     verdict = f"does not fit: {in_bytes(over)} too many" if over > 0 else f"fits, {in_bytes(-over)} left"
     most = f"most on stage {worst.stage}, at {worst.moment}: {in_bytes(worst.total)} of {plan.gpu.memory_gib:g} GiB"
     return [*lines, f"{most}; {verdict}"]
+
+
+def _in_flight(plan: Plan, stage: StageBytes) -> int:
+    """Passes through chunks of the first phase whose activations a rank of the stage holds together, at the most."""
+    vision = plan.steps[0].vision
+    return warmup_depth([1] * vision.axes.vpp, vision.axes.pp, stage.stage, vision.microbatches)
 
 
 def _title(plan: Plan, stage: StageBytes) -> str:
@@ -111,6 +119,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "bytes": stage.parts,
                 "total_bytes": stage.total,
                 "moment": stage.moment,
+                "passes_in_flight": _in_flight(plan, stage),
             }
             for stage in plan.stages
         ],

@@ -259,11 +259,15 @@ def search_lines(found: Search) -> list[str]:
         lines += ["", *columns(rows, right=(1, 2, 3, 4, 5, 6, 9, 10, 11, 12)), ""]
         changes = overrides(found.best[0].cfg, found.cfg)
         lines += ["the first, to paste:", *_wrapped(changes)] if changes else ["the first is the recipe's own layout"]
-    rejected = [family for family in found.families if not family.fits]
-    if rejected or found.left_out:
-        lines += ["", "not possible:", *_reasons(rejected, found.gpu), *_advice(rejected)]
-        lines += [f"  {line}" for line in found.left_out]
+    if rejected := rejected_lines(found):
+        lines += ["", "not possible:", *(f"  {line}" for line in rejected)]
     return lines
+
+
+def rejected_lines(found: Search) -> list[str]:
+    """Of each family that is not possible the reason, and what was not tried."""
+    rejected = [family for family in found.families if not family.fits]
+    return [*_reasons(rejected, found.gpu), *_advice(rejected), *found.left_out]
 
 
 def _row(place: int, one: Plan) -> tuple[str, ...]:
@@ -296,14 +300,14 @@ def _reasons(rejected: Sequence[Family], gpu: Gpu) -> list[str]:
             worst = family.nearest.worst
             part = max(worst.parts, key=lambda name: worst.parts[name])
             lines.append(
-                f"  tp={tp} pp={family.pp}: {worst.total / GIB:.1f} GiB of {gpu.memory_gib:g} at the least, "
+                f"tp={tp} pp={family.pp}: {worst.total / GIB:.1f} GiB of {gpu.memory_gib:g} at the least, "
                 f"{worst.parts[part] / GIB:.1f} of it {part}"
             )
         by_rule: dict[str, list[int]] = {}
         for family in rejected:
             if family.tp == tp and family.nearest is None:
                 by_rule.setdefault(family.refusal or "no micro batch divides the share", []).append(family.pp)
-        lines += [f"  tp={tp} pp={_spans(pps)}: {text}" for text, pps in by_rule.items()]
+        lines += [f"tp={tp} pp={_spans(pps)}: {text}" for text, pps in by_rule.items()]
     return lines
 
 
@@ -311,7 +315,7 @@ def _advice(rejected: Sequence[Family]) -> list[str]:
     """What else would make room."""
     plans = [family.nearest for family in rejected if family.nearest is not None]
     if any(one.worst.parts["images"] > one.worst.total - one.capacity for one in plans):
-        return ["  images: of all ranks that share samples, decoded on the GPU; with data.decoder=pillow on the host"]
+        return ["images: of all ranks that share samples, decoded on the GPU; with data.decoder=pillow on the host"]
     return []
 
 

@@ -121,7 +121,13 @@ def test_files(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["layers"] for stage in values["stages"]] == ["0-15", "16-31", "32-47"]
     assert values["stages"][0]["total_bytes"] == sum(values["stages"][0]["bytes"].values())
+    assert [stage["passes_in_flight"] for stage in values["stages"]] == [3, 2, 1]
     assert (tmp_path / "plan.svg").stat().st_size > 10_000
+    recipe = RECIPES / "mim_eva02_l14.yaml"
+    lines = run_plan(recipe, [], 64, "a100-40", searching=True, json_path=tmp_path / "search.json")
+    values = json.loads((tmp_path / "search.json").read_text())
+    assert len(values["best"]) == 5 and lines[0].startswith(f"{values['tried']} layouts")
+    assert [line.strip() for line in lines[lines.index("not possible:") + 1 :]] == values["not_possible"]
 
 
 def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -> None:
