@@ -1,17 +1,19 @@
 """The training loop: build, fit, step. It knows no task, no tower and no device."""
 
+import json
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megaeva.checkpoint.background import Saves
 from megaeva.checkpoint.store import CheckpointStore, LoadedState
 from megaeva.config import dump
 from megaeva.config.fp8 import fp8_line
-from megaeva.config.schema import Config
+from megaeva.config.schema import Config, InitSection
 from megaeva.config.validate import check_world
 from megaeva.data.batch import Batch
 from megaeva.data.phases import PhasedLoader
@@ -61,7 +63,8 @@ class Trainer:
         self.run_dir = Path(cfg.run_dir)
         self.store = CheckpointStore(self.run_dir, cfg.save.keep)
         newest = self._open_run_folder(resume)
-        self.task = build_task(cfg, runtime)
+        # A checkpoint has every weight: where the run started from is not read again, and may be gone.
+        self.task = build_task(cfg.model_copy(update={"init": InitSection()}) if newest else cfg, runtime)
         grid = self.task.grid
         with together("opening the data"):
             data_report = preflight(cfg, None if newest else grid.dp_size) if runtime.is_main else ""
@@ -77,7 +80,6 @@ class Trainer:
         self.last_save_at = time.monotonic()
         self.signal_received = 0
         on_gpu = runtime.device.type == "cuda"
-        starts = [report.record() for report in self.task.start_reports]
         with together("writing to the run folder"):
             self.record = RunRecord(
                 self.run_dir,
@@ -96,7 +98,7 @@ class Trainer:
                     gpu=chip() if on_gpu else None,
                     shards=self.loader.shards,
                     phases=self.loader.phases,
-                    starts=starts,
+                    starts=self._starts(resumed=newest is not None),
                 )
                 self.record.write_json("manifest.json", made_with)
         self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank, on_gpu=on_gpu)
@@ -284,6 +286,14 @@ class Trainer:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
         # Rank 0's view: a network file system may show another rank an older listing.
         return broadcast_object(newest)
+
+    def _starts(self, *, resumed: bool) -> list[dict[str, Any]]:
+        """Where weights came from, for the manifest; of a resumed run as it was written when the run began."""
+        if resumed:
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                starts: list[dict[str, Any]] = json.loads((self.run_dir / "manifest.json").read_bytes())["starts"]
+                return starts
+        return [report.record() for report in self.task.start_reports]
 
     def _load(self, checkpoint: Path) -> int:
         """Restore weights, optimizer and data position; returns the next step."""

@@ -163,7 +163,7 @@ def run_folder(path: Path) -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise CheckpointError(
-        f"{path} has no config.yaml.\n"
+        f"{path} {'has no config.yaml' if path.exists() else 'does not exist'}.\n"
         f"It must be the run folder of a training run, or a checkpoint in one; check the path."
     )
 

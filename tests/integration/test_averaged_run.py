@@ -175,7 +175,8 @@ def test_what_is_converted_is_checked_against_the_average(home: Path) -> None:
 
 def test_a_locked_tower_is_saved_and_resumed_as_it_was(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     optim = {"vision": {"lr": 3e-3}, "frozen": ["vision"], "ema_decay": 0.5}
-    text = recipe(home, "locked", optim=optim, init={"vision": str(home / "averaged")})
+    shutil.copytree(home / "averaged", home / "source")
+    text = recipe(home, "locked", optim=optim, init={"vision": str(home / "source")})
     assert train([text]) == 0
     assert "vision frozen: " in " ".join(capsys.readouterr().out.split())
     start, locked = (everything(Reader(find_checkpoint(home / name))) for name in ("averaged", "locked"))
@@ -183,7 +184,10 @@ def test_a_locked_tower_is_saved_and_resumed_as_it_was(home: Path, capsys: pytes
     assert "vision.head.weight" in vision and all(torch.equal(locked[name], start[name]) for name in vision)
     assert not any(name.startswith("optimizer.") and ".vision." in name for name in locked)
     without_steps_after(home, "locked", "locked again", 2)
+    shutil.rmtree(home / "source")  # a resumed run does not need what it started from
     assert train([text, "--resume", f"run_dir={home / 'locked again'}"]) == 0
+    started = [json.loads((home / name / "manifest.json").read_text())["starts"] for name in ("locked", "locked again")]
+    assert started[0] == started[1] and len(started[0]) == 1
     assert same(locked, everything(Reader(find_checkpoint(home / "locked again"))))
     averages = AveragedReader(find_checkpoint(home / "locked"))
     assert torch.equal(averages.read("vision.head.weight"), start["vision.head.weight"])
