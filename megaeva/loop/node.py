@@ -106,7 +106,7 @@ def read_node(cfg: Config, environ: Mapping[str, str], num_gpus: int) -> Node:
     lonely = [name for name in ("NODE_RANK", "MASTER_ADDR") if name in environ and "NNODES" not in environ]
     if lonely:
         raise ConfigError(
-            f"{' and '.join(lonely)} is set, but NNODES is not, so each node would be a job of its own; the number of "
+            f"{' and '.join(lonely)} set, but not NNODES, so each node would be a job of its own; the number of "
             "nodes must be known; set NNODES=... on all nodes, NNODES=1 for this one alone."
         )
     started_on = environ.get("SLURM_STEP_NUM_NODES", str(nnodes))

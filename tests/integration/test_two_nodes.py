@@ -74,7 +74,7 @@ class Jobs:
 
     def await_step(self, run_dir: Path, step: int) -> None:
         """Returns after this step and a checkpoint."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not any(process.poll() for process in self._started):
             saved = complete_checkpoints(run_dir / "checkpoints")
             if saved and (metrics := read_metrics(run_dir)) and metrics[-1]["step"] >= step:
@@ -85,7 +85,7 @@ class Jobs:
     def ends(self, *processes: "subprocess.Popen[bytes]") -> list[int]:
         """Their exit codes."""
         try:
-            return [process.wait(timeout=300) for process in processes]
+            return [process.wait(timeout=600) for process in processes]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"no end\n{self.everything()}") from None
 
@@ -146,7 +146,7 @@ def test_a_node_killed_and_started_again_repeats_every_loss(
     with _jobs(tmp_path) as jobs:
 
         def start(rank: int, *arguments: str) -> "subprocess.Popen[bytes]":
-            place = {"NNODES": "2", "NODE_RANK": str(rank), "PROCESSES": "1", "JOIN_SECONDS": "240"}
+            place = {"NNODES": "2", "NODE_RANK": str(rank), "PROCESSES": "1", "JOIN_SECONDS": "600"}
             command = ["bash", "recipes/train.sh", str(recipe), *arguments, *LENGTH]
             return jobs.start(f"node_{rank}", command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
 
@@ -174,14 +174,14 @@ def test_a_preempted_job_is_requeued_and_goes_on(
     slurm = fake_slurm(tmp_path, ROOT, 2) | {"PROCESSES": "1", "MASTER_PORT": str(two_free_ports())}
     command = ["bash", "recipes/train_slurm.sh", str(recipe), *LENGTH]
     with _jobs(tmp_path) as jobs:
-        first = jobs.start("first", command, JOIN_SECONDS="240", **slurm)
+        first = jobs.start("first", command, JOIN_SECONDS="600", **slurm)
         jobs.await_step(tmp_path / "run", 6)
         first.send_signal(signal.SIGTERM)  # to the batch script alone, as --signal=B: does
         assert jobs.ends(first) == [143], jobs.everything()
         assert "SIGTERM: step" in jobs.said("first")
         assert (tmp_path / "requeued").read_text() == "77\n"
         assert max(losses(tmp_path / "run")) < STEPS
-        second = jobs.start("second", command, JOIN_SECONDS="240", SLURM_RESTART_COUNT="1", **slurm)
+        second = jobs.start("second", command, JOIN_SECONDS="600", SLURM_RESTART_COUNT="1", **slurm)
         assert jobs.ends(second) == [0], jobs.everything()
         assert "resuming step" in jobs.said("second")
     assert losses(tmp_path / "run") == undisturbed

@@ -128,7 +128,7 @@ def test_an_interpreter_without_megaeva_is_named(tmp_path: Path) -> None:
     [
         ({"NNODES": "two"}, "NNODES=two must be a whole number"),
         ({"MASTER_PORT": "65535"}, "MASTER_PORT=65535 must be a whole number from 1 to 65534"),
-        ({"NNODE": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK and MASTER_ADDR is set, but NNODES is not"),
+        ({"NNODE": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK and MASTER_ADDR set, but not NNODES"),
         ({"NNODES": "2"}, "NODE_RANK is not set"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 must be 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set with NNODES=2"),
