@@ -1,7 +1,8 @@
 """The contrastive losses on ranks against the plain formulas on one process; bad input of one rank stops all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from megaeva.errors import FeatureError
 from megaeva.losses.contrastive import clip_loss, sigmoid_loss, start_gather
 from megaeva.ops import contrastive as operators
-from megaeva.parallel.collectives import RowsInFlight, all_logsumexp
+from megaeva.parallel.collectives import RowsInFlight, all_logsumexp, gather_objects
 from megaeva.parallel.runtime import Runtime
 from tests.helpers.spawn import run_ranks
 
@@ -60,17 +61,40 @@ def with_gradients(loss: Callable[..., Tensor], leaves: list[Tensor]) -> list[Te
     return [value.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))]
 
 
-def on_rank(runtime: Runtime, case: Case, seed: int) -> tuple[str, list[tuple[float, float, float]]]:
-    """The loss's bits; for the loss and each gradient (our error, the plain formula's, the exact value's norm)."""
-    num_ranks, rank = runtime.world_size, runtime.rank
-    group = torch.distributed.group.WORLD
+def draw(case: Case, seed: int) -> list[Tensor]:
+    """Images and texts of the global batch, the scale's logarithm and the bias."""
     generator = torch.Generator().manual_seed(1000 * seed + case.num_pairs)
     wide = [3 * torch.randn(case.num_pairs, EMBED_DIM, generator=generator, dtype=torch.float64) for _ in range(2)]
     wide[1] += wide[0]
     values = [*wide, torch.tensor(1.7, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)]
-    values = [value.to(case.dtype) for value in values]
-    exact = with_gradients(lambda *leaves: plain(case.loss, *leaves), [value.double() for value in values])
-    rough = with_gradients(lambda *leaves: plain(case.loss, *leaves), values)
+    return [value.to(case.dtype) for value in values]
+
+
+def draws_of(case: Case) -> range:
+    # In a single draw the plain formula's few roundings may cancel.
+    return range(NUM_DRAWS if case.dtype == torch.float32 else 1)
+
+
+Plain = dict[tuple[Case, int], tuple[list[Tensor], list[Tensor]]]
+
+
+def plain_results() -> Plain:
+    """What the plain formula gives of each draw of each case, in fp64 and in the case's dtype; once over all ranks."""
+    draws = [(case, seed) for case in CASES if not case.in_flight for seed in draws_of(case)]
+    here: Plain = {}
+    for case, seed in draws[torch.distributed.get_rank() :: torch.distributed.get_world_size()]:
+        values = draw(case, seed)
+        formula = partial(plain, case.loss)
+        here[case, seed] = with_gradients(formula, [v.double() for v in values]), with_gradients(formula, values)
+    return {key: value for part in gather_objects(here) for key, value in part.items()}
+
+
+def on_rank(runtime: Runtime, case: Case, seed: int, expected: Plain) -> tuple[str, list[tuple[float, float, float]]]:
+    """The loss's bits; for the loss and each gradient (our error, the plain formula's, the exact value's norm)."""
+    num_ranks, rank = runtime.world_size, runtime.rank
+    group = torch.distributed.group.WORLD
+    values = draw(case, seed)
+    exact, rough = expected[replace(case, in_flight=False), seed]
 
     def ours(image_BE: Tensor, text_BE: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
         ahead = start_gather(text_BE.detach(), group) if case.in_flight else None
@@ -112,14 +136,13 @@ Found = dict[tuple[str, Case], list[tuple[str, list[tuple[float, float, float]]]
 def all_cases(runtime: Runtime) -> Found:
     """What `on_rank` found in each draw of each case."""
     found: Found = {}
+    expected = plain_results()
     native_devices, tile = operators._NATIVE_DEVICES, operators.TILE
     for implementation in implementations():
         if implementation == "reference":
             operators._NATIVE_DEVICES, operators.TILE = frozenset(), TILE
         for case in cases_of(implementation):
-            # In a single draw the plain formula's few roundings may cancel.
-            draws = range(NUM_DRAWS if case.dtype == torch.float32 else 1)
-            found[implementation, case] = [on_rank(runtime, case, seed) for seed in draws]
+            found[implementation, case] = [on_rank(runtime, case, seed, expected) for seed in draws_of(case)]
         operators._NATIVE_DEVICES, operators.TILE = native_devices, tile
     return found
 
