@@ -74,7 +74,7 @@ class Trainer:
         self.optimizer, self.learning_rate = build_optimizer(self.task.towers, cfg)
         self.guard = StepGuard(cfg.train.spike_guard, self.optimizer.scale)
         self.begun_anew: list[str] = []
-        self.changed: tuple[str, ...] = ()
+        self.changed = tuple[str, ...]()
         self.next_step = self._load(newest) if newest else 0
         self.saves = Saves(self.store, step=self.next_step, asynchronous=cfg.save.asynchronous)
         self.last_save_at = time.monotonic()
