@@ -1,5 +1,6 @@
 """A checkpoint of any grids is read exactly by any others, and continues on its own to the last bit."""
 
+from functools import cache
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,16 @@ def save_and_resume(runtime: Runtime, axes: Axes, folder: Path, **optim: Any) ->
     assert_equal(resumed.whole(), run.whole(), f"{folder.name}, continued")
 
 
+@cache
+def whole_tensors_of(folder: Path) -> dict[str, Tensor]:
+    """What was saved there, read once by each process."""
+    whole: dict[str, Tensor] = torch.load(folder / "whole.pt")
+    return whole
+
+
 def load_from_others(runtime: Runtime, axes: Axes, folder: Path, **optim: Any) -> None:
     """Reads a checkpoint of other grids with the other kind of optimizer, and its weights alone."""
-    expected = torch.load(folder / "whole.pt")
+    expected = whole_tensors_of(folder)
     other_kind = optim | {"distributed_optimizer": not optim["distributed_optimizer"]}
     run = Run(runtime, axes, seed=2, **other_kind)
     run.load(folder / "checkpoints" / "step_00000002")
@@ -139,10 +147,10 @@ def load_from_others(runtime: Runtime, axes: Axes, folder: Path, **optim: Any) -
     for tower, count in count_parameters(run.towers).items():
         whole = [t for name, t in expected.items() if name.startswith(f"weight {'' if tower == 'total' else tower}")]
         assert count == sum(tensor.numel() for tensor in whole), tower
-    fresh = Run(runtime, axes, seed=3, **other_kind)
-    report = load_weights(folder, {tower.name: (tower.module, tower.grid) for tower in fresh.towers})
+    fresh = build_towers(runtime, run.cfg, axes, seed=3)
+    report = load_weights(folder, {tower.name: (tower.module, tower.grid) for tower in fresh})
     weights = {name: tensor for name, tensor in expected.items() if name.startswith("weight ")}
-    assert_equal({f"weight {n}": t for n, t in whole_weights(fresh.towers).items()}, weights, folder.name)
+    assert_equal({f"weight {n}": t for n, t in whole_weights(fresh).items()}, weights, folder.name)
     # Every rank reports the whole towers, not its stage.
     assert [f"weight {key}" for key in report.loaded] == sorted(weights)
     assert report.fresh == report.unused == ()
@@ -152,7 +160,7 @@ def read_by_others(folder: Path) -> None:
     """torch's and mcore's own readers find the whole tensors in what several ranks wrote in boxes."""
     path = folder / "checkpoints" / "step_00000002"
     expected = {}
-    for name, tensor in torch.load(folder / "whole.pt").items():
+    for name, tensor in whole_tensors_of(folder).items():
         kind, key = name.split(" ")
         expected[key if kind == "weight" else f"optimizer.state.{kind}.{key}"] = tensor
     by_torch = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
