@@ -193,10 +193,10 @@ def run(node: Node, arguments: Sequence[str]) -> int:
     """Runs this node's ranks; the exit code: 0, 1 after a rank died, 128 + signal after a signal and a save.
 
     Raises:
-        UserError: a node was lost and did not come back in time.
+        UserError: node 0 is gone, or another node was lost and did not come back in time.
     """
     # torch is loaded here, after all that can be said without it.
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
 
     from megaeva.loop import agent
 
@@ -208,6 +208,11 @@ def run(node: Node, arguments: Sequence[str]) -> int:
     failure_file.unlink(missing_ok=True)
     try:
         code = agent.main([str(failure_file), *arguments])
+    except RendezvousConnectionError as error:
+        raise UserError(
+            f"node 0 at {node.master}:{node.port} is gone ({error}), seen from node {node.rank} of {node.nnodes}; it "
+            "must run as long as the job; look at its output and start all nodes again with --resume."
+        ) from None
     except RendezvousError as error:
         raise UserError(
             f"node {node.rank} of {node.nnodes} does not find all others at {node.master}:{node.port} within "

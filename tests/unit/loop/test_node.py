@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 
 from megaeva.config.schema import Config
 from megaeva.config.world import check_world_size
-from megaeva.errors import ConfigError
-from megaeva.loop.node import machine_faults, main, read_node
+from megaeva.errors import ConfigError, UserError
+from megaeva.loop import agent
+from megaeva.loop.node import machine_faults, main, read_node, run
 
 ROOT = Path(__file__).parents[3]
 VISION = {
@@ -204,6 +206,25 @@ def test_an_old_run_is_refused_and_a_restart_resumes(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main(["--dry-run", str(recipe)]) == 0
     assert "--resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RendezvousConnectionError("store"), r"node 0 at 127.0.0.1:29500 is gone \(store\), seen from node 1 of 2"),
+        (RendezvousTimeoutError("late"), r"node 1 of 2 does not find all others .* within JOIN_SECONDS=600"),
+    ],
+)
+def test_a_job_that_lost_a_node_says_which(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    def lose(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(agent, "main", lose)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(UserError, match=text):
+        run(read_node(cfg, TWO, 0), [])
 
 
 def test_no_recipe_is_no_traceback() -> None:
