@@ -33,7 +33,9 @@ else
     # Without these each node would become a job of its own.
     : "${SLURM_JOB_NODELIST:?is not set; Slurm must set it; submit this file with sbatch}" "${SLURM_NNODES:?is not set; Slurm must set it; submit this file with sbatch}"
     export NNODES="$SLURM_NNODES" JOB_ID="$SLURM_JOB_ID" MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) && export MASTER_ADDR
+    # Not into head: scontrol would die of SIGPIPE now and then.
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || hosts=""
+    export MASTER_ADDR="${hosts%%$'\n'*}"
     [[ -n "$MASTER_ADDR" ]] || fail "scontrol names no host of SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST; the first must be known, all meet there; look at scontrol show hostnames."
     if [[ $NNODES -gt 1 && "$MASTER_ADDR" =~ ^(localhost|127\.) ]]; then
         fail "the first of $NNODES nodes is called $MASTER_ADDR; it must be a name that the others reach; look at SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST."
