@@ -70,7 +70,7 @@ def test_a_sweep_over_nodes_is_killed_and_goes_on(tmp_path: Path) -> None:
     first = start(tmp_path, recipe)
     on_two = tmp_path / "out/runs/recipe_fp32_dp_2_ranks_batch_8"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not (on_two / "config.yaml").exists():  # the second run is under way
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -81,7 +81,7 @@ def test_a_sweep_over_nodes_is_killed_and_goes_on(tmp_path: Path) -> None:
         first.wait()
     (kept,) = rows(tmp_path)
     second = start(tmp_path, recipe)
-    said, _ = second.communicate(timeout=150)
+    said, _ = second.communicate(timeout=400)
     assert second.returncode == 0, said
     assert "(1/2) recipe_fp32_dp_1_ranks_batch_8: has its row" in said
     assert "node 1 of 2" in (on_two / "train.log").read_text()
@@ -90,18 +90,18 @@ def test_a_sweep_over_nodes_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert (one["ranks"], one["nodes"], two["ranks"], two["nodes"]) == (1, 1, 2, 2)
     assert isinstance(two["communication_share"], float) and two["communication_share"] > one["communication_share"]
     assert not list(tmp_path.glob("out/runs/*/checkpoints/*"))
-    refused, _ = start(tmp_path, recipe, "--ranks", "4").communicate(timeout=100)
+    refused, _ = start(tmp_path, recipe, "--ranks", "4").communicate(timeout=200)
     assert "error: --ranks 4 takes 4 nodes of 1 processes, and the allocation has 2" in refused
 
     third = start(tmp_path, recipe, "--steps", "2000", "--out", str(tmp_path / "long"))
     long_run = tmp_path / "long/runs/recipe_fp32_dp_1_ranks_batch_8"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (long_run / "metrics.jsonl").exists() or not (long_run / "metrics.jsonl").read_text():
         assert third.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(third.pid).children(recursive=True)
     third.send_signal(signal.SIGINT)
-    said, _ = third.communicate(timeout=60)
+    said, _ = third.communicate(timeout=200)
     assert third.returncode == 130, said
     assert "was stopped by SIGINT before its end" in said
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
