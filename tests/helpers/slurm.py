@@ -29,8 +29,9 @@ _SCONTROL = """#!/bin/bash
 case "$1" in
     show)
         [[ "$2 $3" == "hostnames $SLURM_JOB_NODELIST" ]] || exit 1
-        # One by one: who reads only the first ends this early.
-        for host in $FAKE_HOSTS; do echo "$host" || exit 1; sleep 0.02; done ;;
+        [[ -n "$FAKE_HOSTS" ]] || exit 0
+        # More than a pipe holds: who reads only the first ends this early.
+        printf '%s\\n' $FAKE_HOSTS gpu-of-many-{1..9999} ;;
     requeue) echo "$2" >> "$FAKE_REQUEUED"; exit "${FAKE_REQUEUE_CODE:-0}" ;;
 esac
 """
