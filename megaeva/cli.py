@@ -192,6 +192,7 @@ def train(
 @app.command("plan")
 @explained
 def plan_run(
+    context: typer.Context,
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="A YAML file of recipes/.", show_default=False)
     ] = None,
@@ -220,6 +221,10 @@ def plan_run(
     By formulae, see megaeva/planning/formulae.py; nothing is started. --rehearse runs one rank's true share on this
     machine's CPU, in a world of fake processes, and holds the formulae to it.
     """
+    named = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
+    sources = {option: context.get_parameter_source(name) for name, option in named.items()}
+    given = {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    refuse_idle_options(given)
     if calibration:
         from megaeva.planning.calibration import calibration_lines
 
@@ -378,6 +383,28 @@ def inspect(
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def refuse_idle_options(given: set[str]) -> None:
+    """Returns when each option of `megaeva plan` that was given does something beside the others.
+
+    Raises:
+        ConfigError: one would be ignored.
+    """
+    everything = {"recipe", "overrides", "--gpus", "--teacher"}
+    of_plan = everything | {"--gpu", "--search", "--json", "--plot"}
+    if "--calibration" in given:
+        mode, allowed = "--calibration", {"--calibration"}
+    elif "--rehearse" in given:
+        mode, allowed = "--rehearse", everything | {"--rehearse", "--rank", "--meta"}
+    else:
+        mode, allowed = "megaeva plan without --rehearse", of_plan
+    if idle := sorted(given - allowed):
+        raise ConfigError(
+            f"{mode} does nothing with {' and '.join(idle)}; beside it can be given "
+            f"{', '.join(sorted(allowed - {mode})) or 'nothing'}; leave {'it' if len(idle) == 1 else 'them'} out"
+            f"{', or add --rehearse.' if mode.startswith('megaeva') else '.'}"
+        )
 
 
 def repository() -> Path:
