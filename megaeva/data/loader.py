@@ -10,6 +10,7 @@ function of (seed, number of data blocks and workers at the start of the run, st
 import itertools
 import json
 import logging
+import os
 import queue
 import signal
 import threading
@@ -77,6 +78,7 @@ class _WorkerItems(IterableDataset[_Item]):
         self._spec, self._states, self._first = spec, states, first
 
     def __iter__(self) -> Iterator[_Item]:
+        _outlive_a_stop()
         info = get_worker_info()
         assert info is not None
         turns = _rotation(self._spec, self._first, info.id, info.num_workers)
@@ -85,6 +87,16 @@ class _WorkerItems(IterableDataset[_Item]):
     def _tools(self, num_workers: int) -> Tools:
         # Never the GPU: it is the trainer's.
         return make_tools(self._spec, _decoder(self._spec, platform="cpu"), num_workers)
+
+
+def _outlive_a_stop() -> None:
+    """What stops a job reaches all its processes, and its trainer takes one more batch before it saves.
+
+    Ctrl-C and torchrun signal the trainer's process group, which a worker leaves; Slurm signals each process, so the
+    first SIGTERM is not for a worker. The second is DataLoader's, when it is closed.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _decoder(spec: Spec, **others: Any) -> Decoder | VideoDecoder:

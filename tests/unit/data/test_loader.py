@@ -447,6 +447,19 @@ def test_a_killed_worker_is_an_error(shards: Path) -> None:
         take(loader, 10)
 
 
+def test_a_stop_of_the_job_leaves_the_trainer_its_batches(shards: Path) -> None:
+    loader = open_loader(recipe(shards, num_workers=1))
+    next(loader)
+    (worker,) = torch.multiprocessing.active_children()
+    assert worker.pid
+    assert os.getpgid(worker.pid) != os.getpgid(0)  # where Ctrl-C and torchrun's SIGTERM go
+    os.kill(worker.pid, signal.SIGTERM)
+    take(loader, 10)
+    loader.close()  # ends it, and others would hang here
+    worker.join(20)
+    assert not worker.is_alive()
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
