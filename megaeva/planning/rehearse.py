@@ -73,6 +73,7 @@ class Rehearsal:
     pieces: list[Piece] = field(default_factory=list)
     between_stages: int = 0  # bytes of a microbatch's hidden states
     resident: tuple[int, int] = (0, 0)  # of the process, before and at most
+    notes: list[str] = field(default_factory=list)
 
     @property
     def meta(self) -> bool:
@@ -132,6 +133,7 @@ class _Stage:
         self.planned = {name: replace(one, microbatches=1) for name, one in found.items() if one is not None}
         self.dtype = DTYPES[cfg.train.parameter_precision]
         self.out = Rehearsal(cfg, self.world, rank, Meter(_attention_flops(), meta=meta))
+        self.out.notes = [note for note in planned.notes if note.startswith("the teacher is not counted")]
 
     def run(self) -> Rehearsal:
         out, cfg = self.out, self.cfg
@@ -360,7 +362,9 @@ def rehearsal_lines(one: Rehearsal) -> list[str]:
         lines.append(f"between stages: {in_bytes(one.between_stages)} of a microbatch each way, not sent here")
     lines.append("note: nothing is sent; what is gathered are copies of this rank's own, so values mean nothing")
     lines.append("note: not run: the optimizer, and the other microbatches of a step")
-    return lines
+    if one.meta:
+        lines.append("note: the inside of operators is not seen without memory: the loss's tile is predicted only")
+    return lines + [f"note: {note}" for note in one.notes]
 
 
 def _sorted(one: Rehearsal) -> list[tuple[tuple[str, int], int]]:

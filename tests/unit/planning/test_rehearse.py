@@ -3,15 +3,37 @@
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from megaeva.cli import app
 from megaeva.config import check_world, load
 from megaeva.errors import ConfigError, UserError
 from megaeva.planning import rehearse as rehearsal
 from megaeva.planning.command import _teacher, run_rehearsal
+from megaeva.planning.meter import Products16, allocations
 from megaeva.planning.rehearse import Rehearsal, rehearsal_lines, rehearse
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-WHOLE = [path.name for path in sorted(RECIPES.glob("*.yaml")) if path.name.startswith(("clip_", "mim_"))]
+RECIPE_NAMES = [path.name for path in sorted(RECIPES.glob("*.yaml")) if "\nrounds:" not in path.read_text("utf-8")]
+
+# Of each recipe one share with few layers, mostly a stage in the middle: (world size, rank, what is set).
+SHARES: dict[str, tuple[int, int, list[str]]] = {
+    "clip_eva02_b16.yaml": (16, 5, ["parallel.vision.pp=4"]),
+    "clip_eva02_e14plus.yaml": (144, 77, ["parallel.vision.pp=8"]),
+    "clip_eva02_l14.yaml": (32, 9, ["parallel.vision.pp=4"]),
+    "clip_eva_18b.yaml": (288, 25, ["parallel.vision.pp=12", "train.micro_batch_size=1"]),
+    "clip_eva_8b.yaml": (96, 37, ["parallel.vision.pp=4"]),
+    "clip_eva_8b_448.yaml": (96, 95, ["parallel.vision.pp=4"]),
+    "demo_clip.yaml": (2, 1, ["parallel.vision.pp=2"]),
+    "demo_mim.yaml": (2, 0, ["parallel.vision.tp=2", "parallel.vision.sequence_parallel=true"]),
+    "demo_teacher.yaml": (2, 1, []),
+    "mim_eva01_g14.yaml": (32, 13, ["parallel.vision.pp=8"]),
+    "mim_eva02_b.yaml": (16, 15, ["parallel.vision.pp=4"]),
+    "mim_eva02_l14.yaml": (32, 0, ["parallel.vision.pp=4"]),
+    "mim_eva_18b.yaml": (64, 40, ["parallel.vision.pp=8"]),
+    "mim_eva_8b.yaml": (64, 63, ["parallel.vision.pp=8"]),
+}
 
 
 def rehearsed(name: str, world_size: int, rank: int, overrides: list[str], *, meta: bool = True) -> Rehearsal:
@@ -22,11 +44,13 @@ def rehearsed(name: str, world_size: int, rank: int, overrides: list[str], *, me
 
 def check(one: Rehearsal) -> None:
     predicted, measured = one.model_bytes
-    assert predicted == pytest.approx(measured, rel=0.001)
+    assert predicted == pytest.approx(measured, rel=0.002)
     for piece in one.pieces:
         if piece.flops is not None:
             assert piece.flops[0] == pytest.approx(piece.flops[1], rel=0.01), piece.name
-    assert all(piece.work_bytes[1] > 0 for piece in one.pieces)
+        # Without memory the loss's tile, inside an operator, is predicted and not seen.
+        if not (one.meta and piece.name == "loss"):
+            assert piece.work_bytes[0] == pytest.approx(piece.work_bytes[1], rel=0.05), piece.name
 
 
 @pytest.mark.parametrize("name", ["demo_clip.yaml", "demo_mim.yaml"])
@@ -37,39 +61,92 @@ def test_without_memory_as_with_it(name: str) -> None:
     # Without values nobody can agree on them: 26 numbers of the loss.
     agreement = {("all-gather", 2): 26 * 8} if real.cfg.task == "contrastive" else {}
     assert real.meter.sent - meta.meter.sent == agreement
-    assert meta.model_bytes == real.model_bytes
+    assert meta.model_bytes == pytest.approx(real.model_bytes, rel=0.002)
     assert [piece.flops for piece in meta.pieces] == [piece.flops for piece in real.pieces]
     for piece, twin in zip(meta.pieces, real.pieces, strict=True):
-        assert piece.work_bytes[1] == pytest.approx(twin.work_bytes[1], rel=0.05, abs=4096)
-    lines = rehearsal_lines(real)
-    assert any("values mean nothing" in line for line in lines)
-    assert any(line.startswith("all-reduce") for line in lines)
+        if piece.name != "loss":
+            assert piece.work_bytes[1] == pytest.approx(twin.work_bytes[1], rel=0.01)
+    assert any("values mean nothing" in line for line in rehearsal_lines(real))
+    assert any(line.startswith("all-reduce") for line in rehearsal_lines(real))
+    hidden = [any("inside of operators" in line for line in rehearsal_lines(one)) for one in (real, meta)]
+    assert hidden == [False, True]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 9, 95])
+def test_what_is_allocated_within_an_operator_and_given_back_is_counted() -> None:
+    x = torch.ones(256, 256)
+    with allocations() as found:
+        kept = (x @ x).add_(1)
+        torch.linalg.inv(x + torch.eye(256))
+    assert found.kept == kept.nbytes == 4 * 256 * 256
+    assert 3 * kept.nbytes <= found.peak < 8 * kept.nbytes
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(3, 5, 7), (0, 4, 2), (3000, 17, 2900), (2, 1 << 22, 3)])
+def test_products_in_pieces(m: int, k: int, n: int) -> None:
+    a, b, bias = torch.rand(m, k).bfloat16(), torch.rand(n, k).bfloat16().T, torch.rand(n).bfloat16()
+    with Products16():
+        product, biased = a @ b, torch.addmm(bias, a, b)
+    exact = a.float() @ b.float()
+    torch.testing.assert_close(product.float(), exact, rtol=0.01, atol=0)
+    torch.testing.assert_close(biased, product + bias)
+
+
+@pytest.mark.parametrize("recompute", ["full", "none"])
+def test_each_pass_takes_what_was_predicted(recompute: str) -> None:
+    """For real, in 16 bits: sequence parallelism gathers a gradient, recomputed layers are gone when they are done."""
+    cut = [f"parallel.{tower}.{key}" for tower in ("vision", "text") for key in ("tp=2", "sequence_parallel=true")]
+    again = [f"parallel.{tower}.recompute={recompute}" for tower in ("vision", "text")]
+    check(rehearsed("demo_clip.yaml", 2, 1, [*cut, *again, "train.precision=bf16"], meta=False))
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_fp8(emulated: bool) -> None:
+    fp8 = ["train.precision=fp8", f"train.fp8.rehearse={str(emulated).lower()}"]
+    one = rehearsed("demo_clip.yaml", 2, 1, fp8, meta=False)
+    assert one.cfg.train.precision == ("fp8" if emulated else "bf16")
+    if not emulated:
+        check(one)
+        return
+    # Scales and histories are no parameters; bytes of emulated passes are not predicted.
+    assert [piece.flops for piece in one.pieces] == [None, None, None]
+    predicted, measured = one.model_bytes
+    assert predicted < measured < 1.02 * predicted
+
+
+@pytest.mark.parametrize("rank", [0, 9, 95])
 def test_18b_in_twelve_stages(rank: int) -> None:
-    """First, middle and last; a stage is four layers, the text tower is cut to two."""
-    cut = ["parallel.vision.pp=12", "train.micro_batch_size=2", "model.text.num_layers=2"]
-    one = rehearsed("clip_eva_18b.yaml", 96, rank, cut)
+    """First, middle and last; a stage is four layers."""
+    one = rehearsed("clip_eva_18b.yaml", 96, rank, ["parallel.vision.pp=12", "train.micro_batch_size=2"])
     check(one)
     vision, text, loss = one.pieces
     assert text.parameters > 0
     assert (vision.shapes == "[2, 3, 224, 224] -> [17, 2, 5120]") == (rank == 0)
     assert vision.shapes.endswith("-> [2, 1536]") == (rank == 95)
-    # A tile of products, fp32 with 16-bit weights beside it, is inside an operator, where the meter does not see it.
-    predicted, measured = loss.work_bytes
-    tile = 108_000 // 96 * 8192 * (4 + 2)
-    assert predicted - tile == pytest.approx(measured, rel=0.05)
+    assert loss.work_bytes[0] == pytest.approx(loss.work_bytes[1], rel=0.05)
     assert one.between_stages == (0 if rank == 0 else 17 * 2 * 5120 * 2)
     # Two gathers and scatters of a layer and pass; the recomputed forward pass is a third.
     assert one.meter.calls["all-gather", 8] >= 4 * 4
     assert one.meter.sent["reduce-scatter", 24] == pytest.approx(4 * text.parameters * 23 / 24, rel=0.01)
 
 
+def test_every_recipe_has_a_share() -> None:
+    assert sorted(SHARES) == RECIPE_NAMES
+
+
+# Known to be off: a pass is 7 % from what is predicted (the student's of L/14 above, the teacher's of 8B below).
+OFF = pytest.mark.xfail(reason="memory of a MIM pass is 7 % off", raises=AssertionError, strict=False)
+OFF_NAMES = ("mim_eva02_l14.yaml", "mim_eva_18b.yaml", "mim_eva_8b.yaml")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[OFF] if name in OFF_NAMES else []) for name in SHARES])
+def test_a_share_of_every_recipe(name: str) -> None:
+    check(rehearsed(name, *SHARES[name]))
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", RECIPE_NAMES)
 @pytest.mark.parametrize("rank", [0, 7, 15])
-def test_a_share_of_every_recipe(name: str, rank: int) -> None:
+def test_shares_as_the_recipe_is_written(name: str, rank: int) -> None:
     check(rehearsed(name, 16, rank, []))
 
 
@@ -82,3 +159,20 @@ def test_a_share_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_free_memory", lambda: 4 << 30)
     with pytest.raises(UserError, match=r"rank 3's share takes .* GiB here, and 4.0 GiB .*; add --meta"):
         run_rehearsal(RECIPES / "clip_eva_18b.yaml", [], 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (["--rank", "3"], "without --rehearse does nothing with --rank"),
+        (["--meta", "--search"], "without --rehearse does nothing with --meta"),
+        (["--rehearse", "--search"], "--rehearse does nothing with --search"),
+        (["--rehearse", "--json", "x.json"], "--rehearse does nothing with --json"),
+        (["--rehearse", "--gpu", "h200"], "--rehearse does nothing with --gpu"),
+        (["--calibration", "--plot", "x.svg"], "--calibration does nothing with --plot and recipe"),
+    ],
+)
+def test_no_option_is_ignored(options: list[str], idle: str) -> None:
+    done = CliRunner().invoke(app, ["plan", str(RECIPES / "demo_clip.yaml"), *options])
+    assert done.exit_code == 2
+    assert idle in done.output
