@@ -41,6 +41,8 @@ else
         fail "the first of $NNODES nodes is called $MASTER_ADDR; it must be a name that the others reach; look at SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST."
     fi
 fi
+# srun does not take it from the allocation since Slurm 22.05, and one core a node is few.
+[[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
 step=(srun --nodes="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$train" "$@")
 if [[ -n "$dry_run" ]]; then
     printf '%q ' "${step[@]}"; echo
@@ -50,7 +52,8 @@ fi
 "${step[@]}" &
 job=$!
 stopped=""
-trap 'stopped=1; kill -TERM "$job" 2>/dev/null || true' TERM    # srun passes it on to torchrun, torchrun to the ranks
+# To the processes of the step, not to srun, which answers SIGTERM by killing them.
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
 # A wait ends when a signal comes; the next one waits for the ranks to save.
 code=0
 wait "$job" || code=$?

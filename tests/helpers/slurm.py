@@ -1,29 +1,37 @@
-"""srun and scontrol as shell scripts: nodes that are processes of this machine, for recipes/train_slurm.sh."""
+"""srun, scancel, scontrol as shell scripts: nodes that are processes of this machine, for recipes/train_slurm.sh."""
 
 import os
 import socket
 from pathlib import Path
 
-_SRUN = """#!/bin/bash
-# A task on each node; a signal goes to all, one that fails ends the others.
+# What both begin with: signals all processes below one, in whatever session they are.
+_BELOW = """#!/bin/bash
+below() { local child; for child in $(pgrep -P "$2"); do below "$1" "$child"; kill "-$1" "$child" 2>/dev/null; done; }
+"""
+_SRUN = """
+# A task on each node; one that fails ends the others. SIGTERM kills them all, as srun does ("forcing job termination").
 [[ "$1 $2 $3" == "--nodes=$SLURM_NNODES --ntasks-per-node=1 --kill-on-bad-exit=1" ]] || exit 99
 shift 3
+echo $$ > "$FAKE_STEP"
 for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_NODEID=$node SLURM_STEP_NUM_NODES=$SLURM_NNODES "$@" & tasks+=($!)
 done
-trap 'signalled=1; kill -TERM "${tasks[@]}"' TERM
+trap 'below KILL $$; exit 137' TERM
 code=0
-for ((left = SLURM_NNODES; left > 0;)); do
-    signalled="" one=0
+for ((left = SLURM_NNODES; left > 0; left--)); do
+    one=0
     wait -n || one=$?
-    [[ -z "$signalled" ]] || continue    # it was the signal that ended the wait
-    left=$((left - 1))
     if [[ $one -ne 0 && $code -eq 0 ]]; then
         code=$one
         [[ $one -gt 128 ]] || kill -TERM "${tasks[@]}" 2>/dev/null
     fi
 done
 exit $code
+"""
+_SCANCEL = """
+# A signal other than KILL goes to every process of the steps, not to the batch script.
+[[ "$*" == "--signal=TERM $SLURM_JOB_ID" ]] || exit 1
+below TERM "$(cat "$FAKE_STEP")"
 """
 _SCONTROL = """#!/bin/bash
 case "$1" in
@@ -39,11 +47,12 @@ esac
 
 def fake_slurm(folder: Path, repository: Path, nnodes: int) -> dict[str, str]:
     """The environment of a batch script's node in a job of `nnodes`; requeued jobs are listed in `folder`/requeued."""
-    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+    for name, text in (("srun", _BELOW + _SRUN), ("scancel", _BELOW + _SCANCEL), ("scontrol", _SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return {
         "SLURM_JOB_ID": "77", "SLURM_NNODES": str(nnodes), "SLURM_JOB_NODELIST": f"gpu[1-{nnodes}]",
         "SLURM_SUBMIT_DIR": str(repository), "PATH": f"{folder}:{os.environ['PATH']}",
         "FAKE_HOSTS": " ".join([socket.gethostname()] * nnodes), "FAKE_REQUEUED": str(folder / "requeued"),
+        "FAKE_STEP": str(folder / "step"),
     }  # fmt: skip
