@@ -282,7 +282,9 @@ def loop(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a contrastive run.", show_default=False)],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of eval.json.", show_default="RUN_DIR")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of eval.json.", show_default="RUN_DIR; of RUN/checkpoints/S: RUN/eval/S")
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The average of its weights (optim.ema_decay).")] = False,
     processes: Processes = 1,
     threads: Threads = None,
@@ -293,17 +295,17 @@ def evaluate(
     """
     from megaeva.config import load
     from megaeva.config.schema import LaunchSection
-    from megaeva.eval.run import eval_layout, run_folder
+    from megaeva.eval.run import eval_layout, results_folder, run_folder
 
-    home = run_folder(run_dir)
-    cfg = load(home / "config.yaml", overrides or ())
+    cfg = load(run_folder(run_dir) / "config.yaml", overrides or ())
     layout = eval_layout(cfg, processes, overrides or [])
     from megaeva.loop.launch import run_module
 
     average = ["--ema"] if ema else []
-    arguments = [str(run_dir), "--output", str(output or home), *average, *(overrides or []), *layout]
+    output = output or results_folder(run_dir)
+    arguments = [str(run_dir), "--output", str(output), *average, *(overrides or []), *layout]
     section = LaunchSection(num_processes=processes, threads_per_process=threads)
-    log_path = (output or home) / "eval.log"
+    log_path = output / "eval.log"
     run_module("megaeva.eval.run", arguments, section, log_path, stage="eval", again="run the same command again.")
 
 
@@ -330,7 +332,9 @@ def convert(
     resize: Annotated[
         Literal["upstream", "timm"], typer.Option(help="Bicubic as EVA-CLIP's scripts, or antialiased as timm.")
     ] = "upstream",
-    shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest file of a folder of safetensors.")] = 5.0,
+    shard_gib: Annotated[
+        float, typer.Option(min=0.001, max=2**20, help="Largest file of a folder of safetensors.")
+    ] = 5.0,
     ema: Annotated[bool, typer.Option("--ema", help="Of a run, the average of its weights (optim.ema_decay).")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare outputs with those of open_clip, timm or transformers.")

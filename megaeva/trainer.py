@@ -104,6 +104,10 @@ class Trainer:
         self.profiler = StepProfiler(cfg.train.profile, self.run_dir, runtime.rank, on_gpu=on_gpu)
         changed = [f"changed since then: {line}" for line in self.changed]
         resumed = [f"resuming step {self.next_step} from {newest}", *changed, *self.begun_anew] if newest else []
+        if self.next_step > cfg.train.total_steps:
+            resumed.append(
+                f"no step is left: train.total_samples={cfg.train.total_samples} ends at step {cfg.train.total_steps}"
+            )
         topology = topology_lines(cfg, runtime.world_size) if runtime.world_size > 1 and runtime.is_main else []
         rates = rate_lines(cfg) if runtime.is_main else []
         from_where = [line for report in self.task.start_reports for line in report.lines()]

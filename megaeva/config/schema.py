@@ -338,6 +338,16 @@ class ProfileSection(Section):
     num_steps: int = Field(3, ge=1)
     ranks: tuple[int, ...] | Literal["all"] = Field((0,), description="each writes a trace of its own")
 
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _one_message(cls, value: object) -> object:
+        # Without it pydantic reports one error for each member of the union.
+        if isinstance(value, list | tuple) and all(type(rank) is int for rank in value):
+            return tuple(value)
+        if value == "all":
+            return value
+        raise ValueError("must be all or a list of ranks, e.g. [0, 8]")
+
 
 class TrainSection(Section):
     """Length and batch of a run."""

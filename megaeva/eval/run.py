@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from megaeva.checkpoint.layout import FOLDER_NAME
 from megaeva.config.schema import Config
 from megaeva.errors import CheckpointError, ConfigError, explain_end
 
@@ -22,12 +23,12 @@ _AVERAGED = "ema/"
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes eval.json and predictions.json, prints the figures, returns the exit code. Every rank of a job calls it.
 
-    `RUN_DIR` is a run folder (its newest checkpoint) or one checkpoint in it. `--output` defaults to the run folder.
+    `RUN_DIR` is a run folder (its newest checkpoint) or one checkpoint in it. `--output`: see `results_folder`.
     """
     parser = argparse.ArgumentParser(prog="python -m megaeva.eval.run", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="run folder of a contrastive run, or one checkpoint of it")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set on top of the run's recipe")
-    parser.add_argument("--output", type=Path, help="folder of eval.json and predictions.json; default: the run folder")
+    parser.add_argument("--output", type=Path, help="folder of eval.json and predictions.json")
     parser.add_argument("--ema", action="store_true", help="measure the average of the weights (optim.ema_decay)")
     options = parser.parse_intermixed_args(argv)
 
@@ -93,7 +94,7 @@ def evaluate_run(
             weights = open_weights(agreed_path(run_dir), averaged=averaged)
         with closing(weights):
             load_weights(weights, {name: (getattr(model, name), grids[name]) for name in ("vision", "text", "scale")})
-        folder = output or home
+        folder = output or results_folder(run_dir)
         results = evaluate(
             model,
             cfg,
@@ -166,6 +167,16 @@ def run_folder(path: Path) -> Path:
         f"{path} {'has no config.yaml' if path.exists() else 'does not exist'}.\n"
         f"It must be the run folder of a training run, or a checkpoint in one; check the path."
     )
+
+
+def results_folder(path: Path) -> Path:
+    """Where figures go: into the run folder, and for one checkpoint of it that was named, RUN/eval/step_N.
+
+    Raises:
+        CheckpointError: as `run_folder`.
+    """
+    home = run_folder(path)
+    return home / "eval" / path.name if path.parent.name == FOLDER_NAME else home
 
 
 def format_results(results: dict[str, dict[str, float]]) -> str:

@@ -108,6 +108,9 @@ def test_sigterm_saves_and_says_so(tmp_path: Path, shards: str, uninterrupted: d
     code, out, err = start(recipe, "--resume").finish()
     assert code == 0, out + err
     assert losses(tmp_path / "run") == uninterrupted
+    code, out, err = start(recipe, "--resume", "train.total_samples=24").finish()
+    assert code == 0, out + err
+    assert "no step is left: train.total_samples=24 ends at step 3" in out
 
 
 def test_features_that_are_not_finite_name_step_rank_samples_and_checkpoint(tmp_path: Path, shards: str) -> None:

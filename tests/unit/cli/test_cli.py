@@ -150,7 +150,7 @@ def test_eval_needs_a_run_folder_and_launches(recipe: Path, monkeypatch: pytest.
     monkeypatch.setattr("megaeva.loop.launch.run_module", lambda *given, **named: calls.append((given, named)))
     result = run("eval", str(recipe.parent / "nowhere"))
     assert result.exit_code == 2
-    assert "config.yaml" in result.stderr
+    assert "nowhere does not exist" in result.stderr
     home = recipe.parent / "run"
     checkpoint = home / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
@@ -158,8 +158,19 @@ def test_eval_needs_a_run_folder_and_launches(recipe: Path, monkeypatch: pytest.
     assert run("eval", str(checkpoint), "eval.resize=squash").exit_code == 0
     (module, arguments, launched, log), _ = calls[0]
     assert module == "megaeva.eval.run"
-    assert arguments == [str(checkpoint), "--output", str(home), "eval.resize=squash"]
-    assert (launched.num_processes, log) == (1, home / "eval.log")
+    of_its_own = home / "eval" / "step_00000010"  # not beside the figures of another step
+    assert arguments == [str(checkpoint), "--output", str(of_its_own), "eval.resize=squash"]
+    assert (launched.num_processes, log) == (1, of_its_own / "eval.log")
+    assert run("eval", str(home)).exit_code == 0
+    (_, arguments, *_), _ = calls[1]
+    assert arguments == [str(home), "--output", str(home)]
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0"])
+def test_convert_takes_no_endless_shards(tmp_path: Path, size: str) -> None:
+    result = run("convert", str(tmp_path), str(tmp_path / "new"), "--to", "eva", "--shard-gib", size)
+    assert result.exit_code == 2
+    assert "Invalid value for '--shard-gib'" in result.stderr
 
 
 def test_eval_needs_no_more_ranks_than_it_is_given(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
