@@ -32,7 +32,7 @@ class Machine:
         setup = f"mount --bind {self.hosts} /etc/hosts; hostname {self.name}; {before}\n"
         place = {"NNODES": "2", "PROCESSES": "1", "MASTER_ADDR": "node0", "JOIN_SECONDS": str(JOIN_SECONDS)}
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "bash", "-ec", f'{setup}exec "$@"',
+            [*_inside(self.namespace), "bash", "-ec", f'{setup}exec "$@"',
              "bash", "bash", "recipes/train.sh", str(recipe), *arguments],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | place | environment,
@@ -44,22 +44,31 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[list[str]]:
+    if not all(map(shutil.which, ("ip", "unshare", "hostname"))):
+        pytest.skip("no network namespaces here: ip (iproute2), unshare and hostname are needed")
     names = [f"megaeva{os.getpid()}{side}" for side in "ab"]
-    commands = [["netns", "add", name] for name in names]
+    commands = [["ip", "netns", "add", name] for name in names]
     ends = [["eva0", "netns", name] for name in names]
-    commands.append(["link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]])
+    commands.append(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]])
     for number, name in enumerate(names, 1):
-        commands.append(["-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eva0"])
-        commands += [["-n", name, "link", "set", link, "up"] for link in ("lo", "eva0")]
+        commands.append(["ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eva0"])
+        commands += [["ip", "-n", name, "link", "set", link, "up"] for link in ("lo", "eva0")]
+    all_of_it = "mount --bind /etc/hosts /etc/hosts; hostname node0; mount -t tmpfs none /mnt"
+    commands.append([*_inside(names[0]), "bash", "-ec", all_of_it])
     try:
         for command in commands:
-            if shutil.which("ip") is None or subprocess.run(["ip", *command], capture_output=True).returncode:
-                pytest.skip("no network namespaces here: ip (iproute2) and root are needed")
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here, root is needed: {' '.join(command)}: {done.stderr.strip()}")
         yield names
     finally:
         for name in names:
-            if shutil.which("ip"):
-                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def _inside(namespace: str) -> list[str]:
+    """What runs a command there, with mounts and a host's name of its own."""
+    return ["ip", "netns", "exec", namespace, "unshare", "--mount", "--uts"]
 
 
 @pytest.fixture
@@ -76,9 +85,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def _ends(*nodes: "subprocess.Popen[str]") -> list[str]:
-    """What each said; all end with a mistake explained, in little more than JOIN_SECONDS."""
+    """What each said; all end with a mistake explained."""
     try:
-        said = [node.communicate(timeout=JOIN_SECONDS + 40)[0] for node in nodes]
+        said = [node.communicate(timeout=150)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -102,8 +111,10 @@ def test_what_nodes_have_otherwise_is_listed_and_ends_both(
     """A run's folder on a disk of its own, another recipe and other settings, all at once."""
     (tmp_path / "run").mkdir()
     disk = f"mount -t tmpfs none {tmp_path}/run"
-    node0 = machines[0].start(recipe, NODE_RANK="0")
-    node1 = machines[1].start(recipe, "optim.vision.lr=0.5", before=disk, NODE_RANK="1", MAX_RESTARTS="1")
+    # The folder is looked for in half of it, in the other half node 1 must have come.
+    node0 = machines[0].start(recipe, NODE_RANK="0", JOIN_SECONDS="20")
+    settings = {"NODE_RANK": "1", "MAX_RESTARTS": "1", "JOIN_SECONDS": "20"}
+    node1 = machines[1].start(recipe, "optim.vision.lr=0.5", before=disk, **settings)
     for said in _ends(node0, node1):
         for part in (
             "node 1 of 2 on node1 does not fit node 0 on node0:", "optim.vision.lr=0.5, on node 0 0.001",
@@ -113,8 +124,9 @@ def test_what_nodes_have_otherwise_is_listed_and_ends_both(
 
 
 def test_a_node_0_that_takes_itself_for_localhost(recipe: Path, machines: list[Machine]) -> None:
-    node0 = machines[0].start(recipe, NODE_RANK="0", MASTER_ADDR="localhost", GLOO_SOCKET_IFNAME="eva0")
-    node1 = machines[1].start(recipe, NODE_RANK="1")
+    interface = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "eva0"}
+    node0 = machines[0].start(recipe, NODE_RANK="0", JOIN_SECONDS="60", **interface)
+    node1 = machines[1].start(recipe, NODE_RANK="1", JOIN_SECONDS="60")
     for said in _ends(node0, node1):
         assert "node 0 has MASTER_ADDR or LOCAL_ADDR localhost" in said
         assert "set it to 10.77.0.1 there" in said

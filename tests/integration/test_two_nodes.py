@@ -126,7 +126,7 @@ def _kill_agent(process: "subprocess.Popen[bytes]") -> None:
     assert ranks
     process.kill()
     process.wait()
-    gone, alive = psutil.wait_procs(ranks, timeout=10)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert gone
     assert not alive
 

@@ -1,6 +1,7 @@
 """Nodes that meet as threads of this process, over sockets of this machine."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -27,12 +28,6 @@ def cfg(tmp_path: Path) -> Config:
     return Config.model_validate(yaml.safe_load(write_recipe(tmp_path, str(tmp_path / "*.tar")).read_text()))
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_SAME_MACHINE_SECONDS", "_SHARED_SECONDS", "_FREE_SECONDS"):
-        monkeypatch.setattr(meeting_module, name, 1.0)
-
-
 @pytest.fixture
 def place(cfg: Config) -> Callable[..., Node]:
     """A node's place in a job of two."""
@@ -41,7 +36,7 @@ def place(cfg: Config) -> Callable[..., Node]:
     def make(rank: int, nnodes: int = 2, **other: str) -> Node:
         environment = {
             "NNODES": str(nnodes), "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "PROCESSES": "1", "JOIN_SECONDS": "10", **other,
+            "PROCESSES": "1", "JOIN_SECONDS": "60", **other,
         }  # fmt: skip
         return read_node(cfg, environment, 0)
 
@@ -56,7 +51,7 @@ def _nodes(*places: tuple[Node, Config]) -> Iterator[list["Future[str]"]]:
     def run(node: Node, cfg: Config) -> str:
         try:
             with meeting(node, cfg):
-                over.wait(20)
+                over.wait()
         except UserError as error:
             return str(error)
         return ""
@@ -70,14 +65,18 @@ def _nodes(*places: tuple[Node, Config]) -> Iterator[list["Future[str]"]]:
 
 def _refusals(*places: tuple[Node, Config]) -> list[str]:
     with _nodes(*places) as ends:
-        return [end.result(15) for end in ends]
+        return [end.result(90) for end in ends]
 
 
-def test_nodes_that_agree_meet_and_one_comes_back(cfg: Config, place: Callable[..., Node]) -> None:
+def test_nodes_that_agree_meet_and_one_comes_back(
+    cfg: Config, place: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with meeting_of_two(cfg, place) as connect:
         gone = connect()
-        with pytest.raises(UserError, match=r"NODE_RANK=1 is taken by a node on .*, which is running"):
-            connect()
+        with monkeypatch.context() as patched:
+            patched.setattr(meeting_module, "_FREE_SECONDS", 0.5)
+            with pytest.raises(UserError, match=r"NODE_RANK=1 is taken by a node on .*, which is running"):
+                connect()
         gone.close()
         connect().close()
         # One that does not fit is refused and disturbs nobody.
@@ -104,7 +103,7 @@ def test_a_node_that_differs_ends_the_start_of_all(cfg: Config, place: Callable[
     other = cfg.model_copy(update={"seed": cfg.seed + 1})
     started = time.monotonic()
     refusals = _refusals((place(0, 3), cfg), (place(1, 3, PROCESSES="2"), other))
-    assert time.monotonic() - started < 8, "not JOIN_SECONDS"
+    assert time.monotonic() - started < 50, "not JOIN_SECONDS"
     for said in refusals:
         assert "node 1 of 3 on" in said
         assert "PROCESSES=2, on node 0 1" in said
@@ -122,6 +121,7 @@ def test_a_node_that_differs_ends_the_start_of_all(cfg: Config, place: Callable[
 def test_what_node_0_says_otherwise(
     cfg: Config, place: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, part: str, value: Any, text: str
 ) -> None:
+    monkeypatch.setattr(meeting_module, "_SHARED_SECONDS", 1.0)
     host = Host(place(0), cfg)
     host._greeting[part] = value
     with pytest.raises(UserError, match=text):
@@ -141,22 +141,23 @@ def test_a_node_of_another_job_is_refused_and_ends_nothing(cfg: Config, place: C
     assert zero.result() == ""
 
 
-@pytest.mark.parametrize(("ahead", "words"), [(15.0, "15 s ahead of"), (-15.0, "15 s behind"), (5.0, "")])
+@pytest.mark.parametrize(("ahead", "words"), [(60.0, "s ahead of"), (-60.0, "s behind"), (5.0, "")])
 def test_a_clock_that_is_wrong(cfg: Config, place: Callable[..., Node], ahead: float, words: str) -> None:
     with _nodes((place(0), cfg)) as (zero,), reach(place(1), place(1).port + 1) as connection:
-        meeting_module._receive(connection, 5)
+        meeting_module._receive(connection, 60)
         claim = {"rank": 1, "host": "here", "time": time.time() + ahead, "faults": [], "foreign": False}
         meeting_module._send(connection, claim)
-        refused = meeting_module._receive(connection, 10)["refused"]
-        assert (f"its clock is {words} node 0's" in refused) if words else (refused == "")
+        refused = meeting_module._receive(connection, 60)["refused"]
+        # A busy machine reads it late.
+        assert re.search(rf"its clock is (5|6)\d {words} node 0's", refused) if words else refused == ""
     assert zero.result() == refused
 
 
 def test_nodes_that_do_not_come_are_named(cfg: Config, place: Callable[..., Node]) -> None:
-    places = [(place(0, 4, JOIN_SECONDS="2"), cfg), (place(2, 4, JOIN_SECONDS="2"), cfg)]
+    places = [(place(0, 4, JOIN_SECONDS="6"), cfg), (place(2, 4, JOIN_SECONDS="6"), cfg)]
     for said in _refusals(*places):
         assert "of 4 nodes these did not come" in said
-        assert "within JOIN_SECONDS=2: 1, 3;" in said
+        assert "within JOIN_SECONDS=6: 1, 3;" in said
 
 
 def test_noise_at_the_port_is_no_node(cfg: Config, place: Callable[..., Node]) -> None:
@@ -171,7 +172,7 @@ def test_noise_at_the_port_is_no_node(cfg: Config, place: Callable[..., Node]) -
 
 @pytest.mark.parametrize("answer", [b"", b"hello\n", b"{}\n", json.dumps([1]).encode() + b"\n"])
 def test_what_answers_in_place_of_node_0(cfg: Config, place: Callable[..., Node], answer: bytes) -> None:
-    node = place(1, JOIN_SECONDS="1")
+    node = place(1)
     with socket.create_server(("127.0.0.1", node.port + 1)) as server:
         threading.Thread(target=lambda: server.accept()[0].sendall(answer)).start()
         with pytest.raises(UserError, match=r"is no node 0 of recipes/train.sh"):
@@ -194,7 +195,10 @@ def test_a_node_0_elsewhere(cfg: Config, place: Callable[..., Node]) -> None:
 
 
 @pytest.mark.parametrize("master", ["127.0.0.1", "127.0.1.1", "localhost"])
-def test_a_master_that_is_this_machine_without_a_node_0(cfg: Config, place: Callable[..., Node], master: str) -> None:
+def test_a_master_that_is_this_machine_without_a_node_0(
+    cfg: Config, place: Callable[..., Node], master: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting_module, "_SAME_MACHINE_SECONDS", 0.0)
     node = place(1, MASTER_ADDR=master)
     with pytest.raises(UserError, match=r"is this machine itself .* from node 1 of 2.* not localhost"):
         reach(node, node.port + 1)

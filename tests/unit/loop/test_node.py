@@ -65,7 +65,7 @@ def run_script(name: str, *arguments: object, **environment: str) -> tuple[int, 
         env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -34,11 +34,11 @@ def _run(folder: Path, *arguments: str, stop: bool = False, **environment: str) 
         text=True,
     )
     if stop:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not all((folder / f"started.{node}").exists() for node in (0, 1)) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     requeued = folder / "requeued"
     return process.returncode, out, requeued.read_text().split() if requeued.exists() else []
 
