@@ -32,7 +32,8 @@ if [[ -z "${SLURM_JOB_ID:-}" ]]; then
 else
     # Without these each node would become a job of its own.
     : "${SLURM_JOB_NODELIST:?is not set; Slurm must set it; submit this file with sbatch}" "${SLURM_NNODES:?is not set; Slurm must set it; submit this file with sbatch}"
-    export NNODES="$SLURM_NNODES" JOB_ID="$SLURM_JOB_ID" MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+    # Below the ports that the kernel gives to connections, 32768 and up.
+    export NNODES="$SLURM_NNODES" JOB_ID="$SLURM_JOB_ID" MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}"
     # Not into head: scontrol would die of SIGPIPE now and then.
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || hosts=""
     export MASTER_ADDR="${hosts%%$'\n'*}"
@@ -49,11 +50,11 @@ if [[ -n "$dry_run" ]]; then
     NODE_RANK=0 exec bash "$train" "$@"
 fi
 
-"${step[@]}" &
-job=$!
 stopped=""
 # To the processes of the step, not to srun, which answers SIGTERM by killing them.
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
+"${step[@]}" &
+job=$!
 # A wait ends when a signal comes; the next one waits for the ranks to save.
 code=0
 wait "$job" || code=$?

@@ -97,7 +97,7 @@ class Machines:
 
     def _environment(self, nodes: int, processes: int, number: int) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
-        port = 20000 + (self.job_id + 2 * number) % 20000
+        port = 20000 + (self.job_id + 2 * number) % 12000  # as in recipes/train_slurm.sh
         environment |= {
             "PYTHONUNBUFFERED": "1", "NNODES": str(nodes), "PROCESSES": str(processes), "MASTER_ADDR": self.hosts[0],
             "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port),
