@@ -294,15 +294,12 @@ def test_a_training_recipe_is_no_loop(tmp_path: Path) -> None:
         load_loop(write(tmp_path, RECIPE))
 
 
-def test_loading_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
+def test_loading_imports_nothing_slow(tmp_path: Path) -> None:
     path = write(tmp_path, RECIPE)
-    code = (
-        "import sys, time; t = time.process_time()\n"
-        f"from megaeva.config import load; load({str(path)!r}); seconds = time.process_time() - t\n"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(seconds)"
-    )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.3
+    code = f"import sys; from megaeva.config import load; load({str(path)!r}); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pydantic" in run.stdout.split()
+    assert not {"torch", "numpy", "matplotlib", "psutil", "typer", "PIL"} & set(run.stdout.split())
 
 
 def test_config_is_what_load_returns(tmp_path: Path) -> None:
