@@ -284,7 +284,6 @@ class _Step:
             parts["communication"] = max(parts["communication"], tower.gathered)
         if self.teacher is not None:
             parts["teacher"] = self.teacher.parameters(0) * number
-            parts["communication"] = max(parts["communication"], self.teacher.gathered)
         parts["images"] = self.images.held
         moment, activations, loss = max(self._moments(stage), key=lambda one: one[1] + one[2])
         parts["activations"], parts["loss, features"] = activations, loss
@@ -298,15 +297,12 @@ class _Step:
         kept = vision.kept_on(stage)
         backward = kept + vision.backward_work(stage)
         if not self.contrastive:
-            masked, width = self.masked * vision.work.sequences, vision.section.hidden_size
             # Of the whole data block; joined from parts of microbatches, or gathered from ranks that share the block.
             targets = self.masked * self.images.number * vision.out_dim * number
             if self.teacher is not None:
                 work = self.teacher.forward_work + self._sent_pixels(self.teacher)
                 yield "the teacher's pass", max(work, targets), targets
-            last = stage == vision.axes.pp - 1
-            loss = f.distillation_bytes(masked, width, vision.out_dim, number) if last else 0
-            yield "backward of the student", backward, targets + loss
+            yield "backward of the student", backward, targets
             return
         assert text is not None
         cfg = self.cfg

@@ -114,6 +114,7 @@ class Work:
         sequence_parallel: whether rows are cut over tp between the linears.
         precision: of the run.
         transformer_engine: False: this project's own operators, as on a CPU.
+        gradient_copies: a CPU adds a 16-bit gradient to the fp32 buffer through a copy of it in fp32.
     """
 
     tokens: int
@@ -122,6 +123,7 @@ class Work:
     sequence_parallel: bool
     precision: Precision
     transformer_engine: bool
+    gradient_copies: bool = False
 
     @property
     def rows(self) -> int:
@@ -138,6 +140,11 @@ class Work:
     def number(self) -> int:
         """e."""
         return number_bytes(self.precision)
+
+    @property
+    def gradient_number(self) -> int:
+        """Bytes for each number of a weight's gradient until it is in the fp32 buffer."""
+        return self.number + 4 * (self.gradient_copies and self.number < 4)
 
 
 def layer_kept_bytes(
@@ -197,11 +204,10 @@ def layer_input_bytes(section: VisionSection | TextSection, work: Work) -> int:
     return work.own_rows * section.hidden_size * work.number
 
 
-def working_bytes(section: VisionSection | TextSection, work: Work, backward: bool) -> int:
-    """The most that one layer holds beside what is kept. In a forward pass that is the activation's input and output,
-    its own input, the first layer's, which the tower's frame holds, the sum after attention, and of a pre-norm layer
-    the norm's output. In a backward pass, which begins with the MLP, it is the gradient of the residual stream (above
-    the text tower's last layer that of the whole sequence, whose rows it is a view of) and the most of these.
+def backward_bytes(section: VisionSection | TextSection, work: Work) -> int:
+    """The most that one layer's backward pass holds beside what is kept. It begins with the MLP: the gradient of the
+    residual stream (above the text tower's last layer that of the whole sequence, whose rows it is a view of) and the
+    most of these.
 
     Let h be R f / t numbers. Autograd frees what an operator kept as soon as its backward is done, so:
     fc2 has its input's gradient h and its weights' f w / t, before they are in the fp32 buffer, and under sequence
@@ -210,15 +216,13 @@ def working_bytes(section: VisionSection | TextSection, work: Work, backward: bo
     which the activation kept, its own input's gradient R w and its weights' g f w / t, and fc2's input is gone. An
     inner norm keeps h more, which is gone when the activation begins; cut over t it keeps fp32, and computes in it: at
     the end of norm.py's _Sharded.backward the gradient, its product with the weights, that of the input before and
-    after its scale are there, and in 16 bits the incoming and the outgoing one. QuickGELU's forward pass, of three
+    after its scale are there, and in 16 bits the incoming and the outgoing one. A post-norm that is this project's
+    RMSNorm comes first of all and computes five of r w in fp32, in fp32 runs four. QuickGELU's forward pass, of three
     operators, has its input and what silu gives, beside what it keeps. What FP8 keeps in 1 byte is freed as e here.
     """
     w, f, gates, e = section.hidden_size, section.ffn_hidden_size, _gates(section), work.number
-    numbers, weights = work.rows * f // work.tp, f * w // work.tp * e
+    numbers, weights = work.rows * f // work.tp, f * w // work.tp * work.gradient_number
     hidden, stream = numbers * e, work.own_rows * w * e
-    if not backward:
-        pre_norm = not isinstance(section, VisionSection) or section.norm_position == "pre"
-        return (gates + 1) * hidden + (3 + pre_norm) * stream
     whole = work.rows * w * e
     if isinstance(section, TextSection):
         stream = whole
@@ -233,7 +237,43 @@ def working_bytes(section: VisionSection | TextSection, work: Work, backward: bo
         moments.append((12 if e == 4 else 16 + e) * numbers)
     if section.activation == "quick_gelu":
         moments.append(2 * hidden - stream)
+    if isinstance(section, VisionSection) and section.norm_position == "post" and _rms_by_hand(section, work):
+        moments.append((20 if e == 2 else 16) * work.own_rows * w)
     return stream + max(moments)
+
+
+def _rms_by_hand(section: VisionSection, work: Work) -> bool:
+    """Whether norms are this project's RMSNorm (norm.py, _RMS), whose fp32 numbers are tensors."""
+    return section.norm == "rmsnorm" and not work.transformer_engine
+
+
+def forward_bytes(section: VisionSection | TextSection, work: Work, frozen: bool) -> int:
+    """The most that one layer holds in a forward pass that keeps nothing, of a tower that is trained or `frozen`.
+
+    Four times r w: the tower's frame holds the first layer's input, the layer's its own, the sum after attention, and
+    the norm's output (pre-norm) or attention's (post-norm). Beside them the most of these, h as in `backward_bytes`:
+    fc1's product and, where mcore adds the bias apart (tp), their sum, and of a frozen weight the gathered input, which
+    otherwise is in mcore's buffer; the activation's input and output, of QuickGELU and of SwiGLU without an operator
+    what is between; a cut inner norm's input, output and fp32 numbers (norm.py, _Sharded); and RMSNorm of this project
+    (norm.py, _RMS), before the MLP or of its output.
+    """
+    gates, e = _gates(section), work.number
+    numbers = work.rows * section.ffn_hidden_size // work.tp
+    stream = work.own_rows * section.hidden_size * e
+    apart = work.tp > 1 and not work.transformer_engine
+    quick = section.activation == "quick_gelu"
+    gathered = frozen * work.sequence_parallel * work.rows * section.hidden_size * e
+    moments = [(1 + apart) * gates * numbers * e + gathered, (gates + 1 + quick) * numbers * e]
+    if gates == 2 and work.transformer_engine:
+        moments.append(4 * numbers * e)
+    if isinstance(section, VisionSection):
+        if section.sub_ln_mlp and work.tp > 1:
+            moments.append((16 if e == 4 else 18 + e) * numbers)
+        if _rms_by_hand(section, work):
+            # Of e = 2 in fp32, there scaled, and scaled in e; of e = 4 scaled and weighted. The MLP's output, or no
+            # output of the norm yet.
+            moments.append(((5 if e == 2 else 2) + (1 if section.norm_position == "post" else -1)) * stream)
+    return 4 * stream + max(moments)
 
 
 def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bool) -> int:
@@ -246,8 +286,10 @@ def gathered_bytes(section: VisionSection | TextSection, work: Work, overlap: bo
 
 def embedding_bytes(section: VisionSection | TextSection, work: Work, backward: bool = True) -> int:
     """Beyond the first layer's own: pixels in the tower's dtype, for the gradient of the patch weights; under sequence
-    parallelism the whole sequence, of which a rank's rows are a view; for a backward pass ln_pre's input."""
-    extra = (work.rows - work.own_rows) * section.hidden_size * work.number
+    parallelism the whole sequence, of which a rank's rows are a view (ln_pre's output is none); for a backward pass
+    ln_pre's input."""
+    viewed = backward or isinstance(section, TextSection) or not section.ln_pre
+    extra = viewed * (work.rows - work.own_rows) * section.hidden_size * work.number
     if isinstance(section, TextSection):
         return extra + 8 * work.tokens * work.sequences
     extra += 3 * section.image_size**2 * work.sequences * work.number
@@ -264,7 +306,8 @@ def embedding_gradient_bytes(section: VisionSection | TextSection, work: Work) -
     if not isinstance(section, TextSection):
         return 0
     cut = work.tp if section.vocab_size % work.tp == 0 else 1
-    return (section.vocab_size // cut + 2 * work.rows) * section.hidden_size * work.number
+    words = section.vocab_size // cut * work.gradient_number
+    return (words + 2 * work.rows * work.number) * section.hidden_size
 
 
 def ending_bytes(section: VisionSection | TextSection, work: Work) -> int:
@@ -345,10 +388,19 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def distillation_bytes(masked: int, width: int, out_dim: int, e: int) -> int:
-    """Of a MIM microbatch with `masked` rows: picked and normed rows, predictions, fp32 copies of both sides and their
-    gradients (losses/feature_distill.py)."""
-    return masked * (2 * width * e + out_dim * (2 * e + 4 * 4))
+def distillation_bytes(section: VisionSection, work: Work, masked: int, out_dim: int) -> int:
+    """The most that a MIM student's microbatch holds above its last layer, with `masked` rows for the loss; targets
+    are counted elsewhere.
+
+    The loss: the picked rows and the normed ones, and six fp32 numbers for each that is predicted: what its backward
+    pass multiplies, and gradients on the way (losses/feature_distill.py). The norm's backward pass: picked rows, the
+    gradient that comes and the one that goes, of this project's RMSNorm five in fp32. Then the gradient of picked rows
+    is put into one of the patches, and that into the sequence's.
+    """
+    w, e = section.hidden_size, work.number
+    loss = masked * (w * 2 * e + 4 * _norm_terms(section) + out_dim * 24)
+    norm = masked * w * (24 if _rms_by_hand(section, work) else 3 * e)
+    return max(loss, norm, 2 * work.rows * w * e)
 
 
 # ----------------------------------------------------------------------------------------------- bytes of the images

@@ -130,7 +130,11 @@ class _Stage:
         self.grids = build_grids(grid_axes(cfg), self.runtime)
         vision = "vision" if cfg.task == "contrastive" else "student"
         found = {vision: step.vision, "text": step.text, "teacher": step.teacher}
-        self.planned = {name: replace(one, microbatches=1) for name, one in found.items() if one is not None}
+        self.planned = {
+            name: replace(one, microbatches=1, work=replace(one.work, gradient_copies=not meta))
+            for name, one in found.items()
+            if one is not None
+        }
         self.dtype = DTYPES[cfg.train.parameter_precision]
         self.out = Rehearsal(cfg, self.world, rank, Meter(_attention_flops(), meta=meta))
         self.out.notes = [note for note in planned.notes if note.startswith("the teacher is not counted")]
@@ -217,6 +221,7 @@ class _Stage:
     def _pass(self, name: str, tower: Tower) -> None:
         one, grid = self.planned[name], self.grids[name]
         shapes = []
+        target = torch.randn(one.out_rows * one.work.sequences, one.out_dim, dtype=self.dtype)  # of a student
 
         def work() -> None:
             for chunk in range(grid.vpp_size):
@@ -225,7 +230,7 @@ class _Stage:
                 shapes.append(f"{_shape(given)} -> {_shape(result)}")
                 if tower.trained:
                     if name == "student" and tower.module.vision.blocks.is_last(chunk):
-                        result = negative_cosine_share(result, torch.randn_like(result), float(len(result)))
+                        result = negative_cosine_share(result, target, float(len(result)))
                     result.backward(torch.ones_like(result))
 
         predicted = one.rank_flops(grid.pp_rank)
@@ -320,15 +325,9 @@ class _Stage:
     def _work_bytes(self, name: str) -> int:
         one: PlannedTower = self.planned[name]
         rank = self.grids[name].pp_rank
-        gathered = f.gathered_bytes(one.section, one.work, one.axes.tp_comm_overlap)
         if not one.trained:
-            return one.forward_work + gathered
-        total = one.backward_peak(rank) + gathered
-        if name == "student" and self.grids[name].is_last_stage:
-            assert self.cfg.mim is not None
-            masked = self.cfg.mim.mask.num_masked * one.work.sequences
-            total += f.distillation_bytes(masked, one.section.hidden_size, one.out_dim, one.work.number)
-        return total
+            return one.forward_work
+        return one.backward_peak(rank) + one.gathered
 
     def _loss_bytes(self) -> int:
         batch, width = self.cfg.train.global_batch_size, self.cfg.model.embed_dim

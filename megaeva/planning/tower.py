@@ -96,17 +96,27 @@ class Tower:
             if rank == 0 and index == 0:
                 cost += f.embedding_bytes(self.section, self.work)
             last = rank == self.axes.pp - 1 and index == self.axes.vpp - 1
-            # Or the output for the next stage, which mcore's schedules keep.
-            cost += f.ending_bytes(self.section, self.work) if last else boundary
+            if not last:  # the output for the next stage, which mcore's schedules keep
+                cost += boundary
+            elif self.name != "student":
+                cost += f.ending_bytes(self.section, self.work)
             costs.append(cost)
         return f.warmup_depth(costs, self.axes.pp, rank, self.microbatches)
 
     def backward_work(self, rank: int) -> int:
         """Beside what is kept. A layer that is recomputed is whole again for its backward pass; where its chunk's last
-        layers are not, what they kept, at least one layer's, has been freed by then."""
+        layers are not, what they kept, at least one layer's, has been freed by then. What a student's loss takes is
+        gone when its last layer begins."""
         whole = any(chunk and self._num_recomputed(chunk) == len(chunk) for chunk in self.chunks[rank])
         again = max(self._kept.values()) if whole else 0
-        return again + self._backward_work
+        most = again + self._backward_work
+        if self.name == "student" and rank == self.axes.pp - 1:
+            assert isinstance(self.section, VisionSection)
+            masked = self.out_rows * self.work.sequences
+            # The gradient of the stream is a view of the whole sequence's.
+            most += (self.work.rows - self.work.own_rows) * self.section.hidden_size * self.work.number
+            most = max(most, f.distillation_bytes(self.section, self.work, masked, self.out_dim))
+        return most
 
     def backward_peak(self, rank: int) -> int:
         """The most that a backward pass holds, what was kept for it included."""
@@ -115,12 +125,12 @@ class Tower:
 
     @cached_property
     def _backward_work(self) -> int:
-        return f.working_bytes(self.section, self.work, backward=True)
+        return f.backward_bytes(self.section, self.work)
 
     @cached_property
     def gathered(self) -> int:
-        """Of the sequence that a column linear gathers."""
-        return f.gathered_bytes(self.section, self.work, self.axes.tp_comm_overlap)
+        """Of the buffer for the sequence that a column linear gathers; none for frozen weights, see `forward_work`."""
+        return self.trained * f.gathered_bytes(self.section, self.work, self.axes.tp_comm_overlap)
 
     @cached_property
     def forward_work(self) -> int:
@@ -128,7 +138,7 @@ class Tower:
         edge = f.embedding_bytes(self.section, self.work, backward=False)
         if self.name == "teacher" and isinstance(self.section, VisionSection):  # its frame holds embeddings of patches
             edge += self.section.num_patches * self.work.sequences * self.section.hidden_size * self.work.number
-        return edge + f.working_bytes(self.section, self.work, backward=False)
+        return edge + f.forward_bytes(self.section, self.work, not self.trained)
 
     def _num_recomputed(self, chunk: range) -> int:
         mode = self.axes.recompute
