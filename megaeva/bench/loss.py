@@ -201,7 +201,7 @@ class MatrixProducts:
         size = len(image_BE)
         shapes = sorted({(min(rows or size, size), min(columns or size, size)) for rows, columns in self.SHAPES})
         multiplications: list[Multiplication] = [torch.mm]
-        if torch.backends.mkldnn.is_available():
+        if onednn_multiplies(image_BE.dtype):
             multiplications.append(_onednn)
         ways = [Way(multiply, *shape) for shape in shapes for multiply in multiplications]
         # The weights of any block, flat.
@@ -242,6 +242,13 @@ class MatrixProducts:
         rows, columns = slice(0, way.rows), slice(0, way.columns)
         times = [milliseconds(lambda: product(way, rows, columns), "cpu") for _ in range(2)]
         return min(times) / (way.rows * way.columns)
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether it is there and has products of this dtype: of bf16 not on a CPU without AVX-512."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _onednn(one: Tensor, other: Tensor) -> Tensor:
