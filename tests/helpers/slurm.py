@@ -45,11 +45,16 @@ esac
 """
 
 
-def fake_slurm(folder: Path, repository: Path, nnodes: int) -> dict[str, str]:
-    """The environment of a batch script's node in a job of `nnodes`; requeued jobs are listed in `folder`/requeued."""
-    for name, text in (("srun", _BELOW + _SRUN), ("scancel", _BELOW + _SCANCEL), ("scontrol", _SCONTROL)):
+def write_commands(folder: Path, **scripts: str) -> None:
+    """A program of each name in `folder`, which a test puts into PATH."""
+    for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
+
+
+def fake_slurm(folder: Path, repository: Path, nnodes: int) -> dict[str, str]:
+    """The environment of a batch script's node in a job of `nnodes`; requeued jobs are listed in `folder`/requeued."""
+    write_commands(folder, srun=_BELOW + _SRUN, scancel=_BELOW + _SCANCEL, scontrol=_SCONTROL)
     return {
         "SLURM_JOB_ID": "77", "SLURM_NNODES": str(nnodes), "SLURM_JOB_NODELIST": f"gpu[1-{nnodes}]",
         "SLURM_SUBMIT_DIR": str(repository), "PATH": f"{folder}:{os.environ['PATH']}",

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ import psutil
 import pytest
 
 from megaeva.data.synthetic import make_shards
+from tests.helpers.ports import two_free_ports
+from tests.helpers.slurm import write_commands
 from tests.integration.test_training import write_recipe
 
 pytestmark = pytest.mark.exhaustive  # a minute: four jobs of one or two nodes
@@ -39,11 +40,10 @@ printf '127.0.0.1\\nlocalhost\\n'
 
 
 def start(folder: Path, recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
     slurm = {
         "SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "two", "PROCESSES": "1",
-        "MASTER_PORT": port, "JOIN_SECONDS": "60", "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}",
+        "MASTER_PORT": str(two_free_ports()), "JOIN_SECONDS": "60", "OMP_NUM_THREADS": "1",
+        "PATH": f"{folder}:{os.environ['PATH']}",
     }  # fmt: skip
     main = "from megaeva.cli import main; main()"
     options = ["--ranks", "1,2", "--layouts", "dp", "--scaling", "strong", "--steps", "2", "--out", str(folder / "out")]
@@ -64,9 +64,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 def test_a_sweep_over_nodes_is_killed_and_goes_on(tmp_path: Path) -> None:
     make_shards(tmp_path, num_shards=4, samples_per_shard=20, image_size=40, seed=0)
     recipe = write_recipe(tmp_path, str(tmp_path / "*.tar"))
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL)
     first = start(tmp_path, recipe)
     on_two = tmp_path / "out/runs/recipe_fp32_dp_2_ranks_batch_8"
     try:

@@ -13,6 +13,7 @@ from megaeva.config import load
 from megaeva.config.schema import Config
 from megaeva.errors import ConfigError, UserError
 from megaeva.loop.launch import StageFailedError
+from tests.helpers.slurm import write_commands
 from tests.integration.test_training import write_recipe
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[1-4]"}
@@ -35,9 +36,7 @@ def cfg(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_commands(tmp_path, scontrol=SCONTROL, srun=SRUN)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SHOWN", str(tmp_path / "shown.json"))
     monkeypatch.setenv("SHOW_WITH", sys.executable)
@@ -100,8 +99,7 @@ def test_srun_gets_the_nodes_and_the_ranks_of_each(
 
 
 def test_a_silent_run_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "srun").write_text("#!/bin/bash\necho started; trap '' TERM; sleep 50\n")
-    (tmp_path / "srun").chmod(0o755)
+    write_commands(tmp_path, srun="#!/bin/bash\necho started; trap '' TERM; sleep 50\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(StageFailedError, match="one failed: it printed nothing for 1 s, so it was ended"):
         FOUR.start(tmp_path / "recipe.yaml", 8, 0, stage="one", again="again.", patience_seconds=1)
