@@ -7,8 +7,6 @@ small runs tell as much as large ones. The batch is there before, as a loader's 
 planner counts a copy, are added where the run makes none, in fp32.
 """
 
-import ctypes
-import gc
 import json
 import multiprocessing
 import tempfile
@@ -20,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from megaeva.bench.captions import end_tokens
 from megaeva.bench.compare import row
@@ -40,11 +37,11 @@ from megaeva.parallel import runtime
 from megaeva.parallel.runtime import Runtime
 from megaeva.planning.compare import CPU, tensor_bytes
 from megaeva.planning.estimate import plan
+from megaeva.planning.meter import allocations, count_in_all_threads
 from megaeva.tasks.mim import MIM
 
 MIB = 2**20
 LIMIT = 0.05
-_ALLOCATION = torch._C._profiler._EventType.Allocation
 
 
 @dataclass(frozen=True)
@@ -223,14 +220,12 @@ def peak_bytes(run: Run, this: Runtime) -> int:
         mask_BN = order.argsort(1) < cfg.mim.mask.num_masked
         batch = replace(batch, token_BL=None, mask_BN=mask_BN)
     own = batch.split(len(batch) // blocks)[this.rank * blocks // run.ranks]
-    _count_in_all_threads()
+    count_in_all_threads(True)
     step = MegatronStep(cfg, this, own) if run.teacher is None else _DistilStep(cfg, this, own, run.teacher)
     step()
-    # What only the collector frees: towers of an earlier run in this process, which count until it comes by.
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with allocations() as found:
         step()
-    peak = max(_counts(profiler.profiler.kineto_results.experimental_event_tree()))  # type: ignore[union-attr]
+    peak = found.before + found.peak
     if run.precision == "fp32" and _stage(cfg, this.rank) == 0:
         size, _ = microbatches(cfg, cfg.parallel.vision, run.ranks)
         peak += 4 * 3 * cfg.model.vision.image_size**2 * size
@@ -262,17 +257,3 @@ class _DistilStep(MegatronStep):
 def _stage(cfg: Config, rank: int) -> int:
     axes = cfg.parallel.vision
     return rank // axes.tp % axes.pp
-
-
-def _count_in_all_threads() -> None:
-    """From here on. The profiler alone counts in the threads that it knows, and gloo's free what they have sent."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
-
-
-def _counts(events: Any) -> Iterator[int]:
-    """Bytes that were allocated after each allocation and each release."""
-    for event in events:
-        if event.tag == _ALLOCATION:
-            yield event.typed[1].total_allocated
-        yield from _counts(event.children)

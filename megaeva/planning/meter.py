@@ -173,10 +173,12 @@ class Allocations:
     Attributes:
         kept: at its end.
         peak: at the most.
+        before: what was given out when the block began, as far as it had been counted.
     """
 
     kept: int = 0
     peak: int = 0
+    before: int = 0
 
 
 @contextmanager
@@ -188,20 +190,28 @@ def allocations() -> Iterator[Allocations]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and that there is no GPU
     gc.collect()  # garbage from before would be freed, and counted, at any moment
     found = Allocations()
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    # The profiler alone counts in the threads that it knows, and others free what was allocated there.
-    in_all_threads = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
-    before, in_all_threads.value = in_all_threads.value, True
+    counted = count_in_all_threads(True)
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield found
     finally:
-        in_all_threads.value = before
+        count_in_all_threads(counted)
     start = None
     for total, size in _counts(profiler.profiler.kineto_results.experimental_event_tree()):  # type: ignore[union-attr]
-        start = total - size if start is None else start
+        found.before = start = total - size if start is None else start
         found.kept = total - start
         found.peak = max(found.peak, found.kept)
+
+
+def count_in_all_threads(on: bool) -> bool:
+    """Whether torch's CPU allocator counts from here on what any thread allocates and frees; returns whether it did.
+
+    The profiler alone counts in the threads that it knows, and others, gloo's say, free what was allocated there.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
+    before, flag.value = flag.value, on
+    return before
 
 
 def _counts(events: Any) -> Iterator[tuple[int, int]]:
