@@ -211,7 +211,8 @@ def _measure(rank: int, run: Run, folder: str) -> None:
 
 
 def peak_bytes(run: Run, this: Runtime) -> int:
-    """Of this rank's tensors in the second step, pixels included; all ranks call it."""
+    """Of this rank's tensors in the second step, pixels included; all ranks call it, once in a process: a second batch
+    would be counted."""
     cfg = run.config()
     blocks = data_ranks(grid_axes(cfg)["data"], run.ranks)
     batch = example_batch(cfg.model, end_tokens(cfg.model.text, run.batch)[0])

@@ -12,14 +12,14 @@ DISTILLED = [replace(run, layers=3, batch=8, micro_batch=2) for run in RUNS if r
 SMALL = CONTRASTIVE + DISTILLED
 
 
-def peaks(this: Runtime, runs: list[Run]) -> list[int]:
-    return [peak_bytes(run, this) for run in runs]
+def peak(this: Runtime, run: Run) -> int:
+    return peak_bytes(run, this)
 
 
 def test_the_peak_of_two_ranks() -> None:
-    ranks = run_ranks(peaks, 2, SMALL)
-    for number, run in enumerate(SMALL):
-        figure = furthest(run, [rank[number] for rank in ranks])
+    for run in SMALL:
+        ranks = run_ranks(peak, 2, run)
+        figure = furthest(run, ranks)
         assert within_limit([figure]), figure
         # A tower's layer forgotten, or one counted twice, is more.
-        assert not within_limit([furthest(replace(run, layers=4), [rank[number] for rank in ranks])])
+        assert not within_limit([furthest(replace(run, layers=4), ranks)])
