@@ -118,7 +118,8 @@ MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int
   for (std::int64_t i = begin; i < end; ++i) {
     logits_of(static_cast<const A*>(p.product) + i * columns, scale, A(0), columns, logit);
     const A reference = finite_or_zero(row_max[i - begin]);
-    A top = 0, rest = 0;
+    A top = 0;
+    double rest = 0;  // in float the many small ones of a long row would be lost beside the first
 #pragma omp simd reduction(+ : top, rest)
     for (std::int64_t j = 0; j < columns; ++j) {
       const A by_row = exponential(logit[j] - reference);
@@ -135,7 +136,7 @@ MEGAEVA_INLINE void infonce_forward_rows(const InfonceForwardParams& p, std::int
     A& running = static_cast<A*>(p.max_query)[i];
     const A maximum = std::max(running, row_max[i - begin]);
     p.sum_query[i] = p.sum_query[i] * rescale<double>(running, maximum) +
-                     (double(top) + double(rest)) * rescale<double>(row_max[i - begin], maximum);
+                     (double(top) + rest) * rescale<double>(row_max[i - begin], maximum);
     running = maximum;
   }
 }
@@ -175,7 +176,7 @@ MEGAEVA_INLINE void infonce_backward_rows(const InfonceBackwardParams& p, std::i
     const A lse_query = static_cast<const A*>(p.lse_query)[i];
     const A rest_query = static_cast<const A*>(p.lse_query_rest)[i];
     const A pair_query = static_cast<const A*>(p.pair_query)[i];
-    A share = 0;
+    double share = 0;
 #pragma omp simd reduction(+ : share)
     for (std::int64_t j = 0; j < columns; ++j) {
       const A logit = row[j];
