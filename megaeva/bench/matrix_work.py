@@ -37,9 +37,13 @@ def _blocks(section: VisionSection | TextSection, num_tokens: int, share_seen: f
 
 
 def ceiling(dtype: torch.dtype, device: torch.device, num_products: int = 7) -> float:
-    """Returns how many operations a second torch.mm on PRODUCT makes: the median of several after one that warms up."""
+    """Returns how many operations a second torch.mm on PRODUCT makes: the median of several, of fewer
+    where they take more than 5 s, after one that warms up."""
     rows, inner, columns = PRODUCT
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
-    times = [milliseconds(lambda: torch.mm(left, right), device.type) for _ in range(num_products + 1)]
-    return 2 * rows * inner * columns / (1e-3 * statistics.median(times[1:]))
+    milliseconds(lambda: torch.mm(left, right), device.type)
+    times: list[float] = []
+    while len(times) < num_products and sum(times) < 5e3:  # one in bf16 takes half a minute where AVX2 is all
+        times.append(milliseconds(lambda: torch.mm(left, right), device.type))
+    return 2 * rows * inner * columns / (1e-3 * statistics.median(times))
