@@ -5,6 +5,7 @@ import json
 import re
 import time
 from difflib import get_close_matches
+from functools import cached_property
 
 import psutil
 
@@ -44,7 +45,7 @@ class PlanComparison:
         if not self.runtime.is_main:
             return ""
         try:
-            planned, doubt = self._plan()
+            planned, doubt = self._plan
             worst, gpu = planned.worst, planned.gpu
             if self.runtime.device.type != "cuda":
                 most = tensor_bytes(worst) / GIB
@@ -57,6 +58,7 @@ class PlanComparison:
         except Exception as error:
             return f"plan: none ({type(error).__name__}: {error})"
 
+    @cached_property
     def _plan(self) -> tuple[Plan, str]:
         """The plan, and what to say of a GPU that the planner does not know."""
         on_gpu = self.runtime.device.type == "cuda"
@@ -83,7 +85,7 @@ class PlanComparison:
 
     def _compare(self, step: int, seconds: float, record: RunRecord) -> None:
         on_gpu = self.runtime.device.type == "cuda"
-        planned, doubt = self._plan()
+        planned, doubt = self._plan
         gpu = planned.gpu
         own = next(one for one in planned.steps if step < one.phase.first_step + one.phase.steps)
         expected = tensor_bytes(own.stage_bytes(0)) / GIB  # rank 0 is on the first stage
