@@ -7,6 +7,7 @@ but `Tensor.cuda`, there is no mode that runs on every torch call, and on CUDA n
 Importing this module guards `import megatron.core` against a broken Transformer Engine; import it first.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
@@ -17,11 +18,12 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaeva.errors import UserError
@@ -168,6 +170,7 @@ def copier_to_host(sources: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], No
 # ------------------------------------------------------------------------------------------------------------- shim
 
 _CORE = "megatron.core."
+_BUCKETS = _CORE + "distributed.param_and_grad_buffer:"
 
 # Modules that write device="cuda" or call torch.cuda: their global name `torch` becomes a view without a GPU.
 TORCH_VIEWS: dict[str, str] = {
@@ -226,6 +229,26 @@ def gather_buffer() -> Any:
     return importlib.import_module(_CORE + "utils").GlobalMemoryBuffer()
 
 
+_coalescing: list[Any] = []  # what is being issued together, innermost last
+
+
+@contextlib.contextmanager
+def _coalescing_but_gathers(group: dist.ProcessGroup, async_ops: bool = False) -> Iterator[Any]:
+    """torch's manager, for mcore's reduce-scatters; what `_gather_alone` issues inside is waited for with them."""
+    with dist._coalescing_manager(group, async_ops=async_ops) as works:
+        _coalescing.append(works)
+        try:
+            yield works
+        finally:
+            _coalescing.pop()
+
+
+def _gather_alone(output: Tensor, shard: Tensor, group: dist.ProcessGroup, async_op: bool) -> None:
+    """all_gather_into_tensor of a flat bucket inside `_coalescing_but_gathers`, as a collective of its own."""
+    work = dist.all_gather(list(output.chunk(dist.get_world_size(group))), shard, group=group, async_op=async_op)
+    _coalescing[-1].append(work)
+
+
 def _in_plain_torch(name: str) -> Callable[..., Any]:
     """A function of megatron.core.utils that stands in for Transformer Engine's or apex's, which need a GPU."""
 
@@ -242,6 +265,11 @@ SYMBOLS: dict[str, tuple[Callable[..., Any], str]] = {
     _CORE + "tensor_parallel.layers:get_global_memory_buffer": (
         gather_buffer,
         "buffer of gathered sequences, which mcore makes with the groups that nothing here uses",
+    ),
+    _BUCKETS + "_coalescing_manager": (_coalescing_but_gathers, "knows of the gathers of the row below"),
+    _BUCKETS + "dist_all_gather_func": (
+        _gather_alone,
+        "two coalesced gathers in flight corrupt the heap in torch 2.14's gloo: ranks die in malloc",
     ),
     **{
         f"{_CORE}optimizer.{symbol}": (_in_plain_torch(local), "kernels of an installed Transformer Engine are CUDA's")
