@@ -1,5 +1,6 @@
 """The commands of `megaeva bench`; nothing heavy is imported before one runs."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -192,8 +193,8 @@ def bench_sweep(
     numbers = ranks.split(",")
     if not all(number.isdigit() and int(number) > 0 for number in numbers):
         raise ConfigError(f"--ranks {ranks} must be whole numbers above 0 with commas between; e.g. --ranks 1,2.")
-    if peak_tflops is not None and not peak_tflops > 0:
-        raise ConfigError(f"--peak-tflops {peak_tflops:g} must be above 0; e.g. 312 for an A100 in bf16.")
+    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
+        raise ConfigError(f"--peak-tflops {peak_tflops:g} must be above 0 and finite; e.g. 312 for an A100 in bf16.")
     went_well = run_sweep(
         recipe,
         overrides or [],

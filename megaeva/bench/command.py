@@ -261,14 +261,15 @@ def run_sweep(
             f"--out {out} cannot be made ({error.strerror}); it must be a folder; choose another."
         ) from None
     failed: list[str] = []
-    try:
-        failed = sweep.make_runs(runs, machines, out, peak_tflops, print)
-    finally:  # also after Ctrl-C: what is there is shown
-        if rows := sweep.read_rows(out):
-            lines = sweep_tables.table_lines(rows)
-            (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            sweep_tables.draw(rows, out / "sweep.svg")
-            print("\n".join(lines))
+    with sweep.alone_in(out):
+        try:
+            failed = sweep.make_runs(runs, machines, out, peak_tflops, print)
+        finally:  # also after Ctrl-C: what is there is shown
+            if rows := sweep.read_rows(out):
+                lines = sweep_tables.table_lines(rows)
+                (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                sweep_tables.draw(rows, out / "sweep.svg")
+                print("\n".join(lines))
     for name in failed:
         print(f"failed, no row: {name} (log: {out / 'runs' / name / 'train.log'})")
     return not failed

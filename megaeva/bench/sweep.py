@@ -5,12 +5,14 @@ from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint
 """
 
 import difflib
+import fcntl
 import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,6 +36,8 @@ _TOKEN = re.compile(r"(dp|sp|zero|recompute|(?:tp|text|pp|vpp|mb)\d+)")
 _AGAIN = "run the same command again: it makes this run anew, and what is left."
 _PRECISIONS = get_args(TrainSection.model_fields["precision"].annotation)
 _UNDONE = ("tp", "pp", "vpp", "layers_per_stage", "sequence_parallel")
+_IDENTITY = ("recipe", "overrides", "size", "precision", "layout", "ranks", "nodes", "global_batch_size", "steps")
+_SHOWN = ("samples_per_second", "mfu", "memory_gib", "data_wait_share", "communication_share", "trace_shares")
 _NOTHING_BESIDE = ("save.enabled=false", "optim.warmup_steps=0")
 
 
@@ -260,15 +264,45 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """All rows of a sweep; a line cut off by a kill is left out."""
+    """All rows of a sweep; a line cut off by a kill is left out.
+
+    Raises:
+        ConfigError: a line of something else.
+    """
     path = out / "rows.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(row, dict) or not row.keys() >= {*_IDENTITY, *_SHOWN}:
+            raise ConfigError(
+                f"{path}, line {number} is no row of a sweep; every line must be one; remove that line, or choose "
+                "another --out."
+            )
+        rows.append(row)
     return rows
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """The folder `out`, for this process: two sweeps would delete one another's runs.
+
+    Raises:
+        ConfigError: another has it.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            f"--out {out} is in use by another sweep; each must have a folder of its own; wait for that one, or "
+            "choose another."
+        ) from None
+    finally:
+        os.close(folder)
 
 
 def _append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -279,8 +313,7 @@ def _append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _identity(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("recipe", "overrides", "size", "precision", "layout", "ranks", "nodes", "global_batch_size", "steps")
-    return {name: row.get(name) for name in names}
+    return {name: row[name] for name in _IDENTITY}
 
 
 def _peak(run: Run, figures: Mapping[str, Any]) -> tuple[float | None, str]:

@@ -43,6 +43,7 @@ def run(*arguments: str) -> Any:
         (("convert", "--model", "EVA02-CLIP-B16"), "did you mean EVA02-CLIP-B-16"),
         (("sweep", "r.yaml", "--ranks", "1;2"), "--ranks 1;2 must be whole numbers"),
         (("sweep", "r.yaml", "--peak-tflops", "0"), "--peak-tflops 0 must be above 0"),
+        (("sweep", "r.yaml", "--peak-tflops", "inf"), "--peak-tflops inf must be above 0 and finite"),
     ],
 )
 def test_what_cannot_be_run_is_explained(arguments: tuple[str, ...], expected: str) -> None:

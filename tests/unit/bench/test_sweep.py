@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megaeva.bench import sweep
-from megaeva.bench.sweep import Run, layout_overrides, make_runs, plan_runs, read_rows
+from megaeva.bench.sweep import Run, alone_in, layout_overrides, make_runs, plan_runs, read_rows
 from megaeva.bench.sweep_nodes import Machines
 from megaeva.bench.sweep_tables import draw, scaling_of, strong_group, table_lines
 from megaeva.config import load
@@ -152,6 +152,24 @@ def test_rows_are_measured_once(recipe: Path) -> None:
     make_runs(runs, jobs, out, 0.001, said.append)
     assert jobs.made == ["recipe_fp32_dp_2_ranks_batch_8", "recipe_fp32_dp_2_ranks_batch_16"]
     assert [row["ranks"] for row in read_rows(out)] == [1, 2]
+
+
+def test_a_folder_is_one_sweeps_and_has_its_rows_alone(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    make_runs(planned(recipe, [], layouts=["dp"], ranks=[1]), Jobs(), out, 0.001, print)
+    (kept,) = (out / "rows.jsonl").read_text().splitlines()
+    for stray in ("[]", '{"step": 1}', json.dumps({k: v for k, v in json.loads(kept).items() if k != "mfu"})):
+        (out / "rows.jsonl").write_text(f"{kept}\n{stray}\n")
+        with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 is no row of a sweep; .* remove that line"):
+            read_rows(out)
+    with (
+        alone_in(out),
+        pytest.raises(ConfigError, match=r"out is in use by another sweep; .* choose another"),
+        alone_in(out),
+    ):
+        pass
+    with alone_in(out):
+        pass
 
 
 @pytest.mark.parametrize(
