@@ -108,11 +108,15 @@ def test_what_the_ranks_say_of_a_lost_one_is_told_once(
     told = LOST.format("its process is gone" if culprit_dies else "no answer for 10 min")
     job(
         f"""
-        import os, signal, sys, time
+        import os, pathlib, signal, sys, time
+        listens = pathlib.Path({str(tmp_path / "listens")!r})
         if os.environ["RANK"] == "1":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            while not listens.exists():
+                time.sleep(0.02)
             {"os.kill(os.getpid(), signal.SIGKILL)" if culprit_dies else "time.sleep(60)"}
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        listens.touch()
         time.sleep(2)
         print({"error: " + told!r}, file=sys.stderr)
         sys.exit(3)
