@@ -526,8 +526,10 @@ def memory_seconds(gpu: Gpu, moved: float) -> float:
 def collective_seconds(gpu: Gpu, whole: float, ranks: int, per_node: int, times: float = 1.0) -> float:
     """Of `times` all-gathers or reduce-scatters of `whole` bytes over `ranks`: (n - 1) / n whole / bandwidth + latency.
 
-    The optimal ring (Thakur et al. 2005); an all-reduce is two. Ranks on one node use its links; otherwise a ring
-    leaves a node through the network ports of its `per_node` members there, so it has their sum, at most a link's.
+    The bytes are the optimal ring's (Thakur et al. 2005); an all-reduce is two. Its latency, a term for each of n - 1
+    steps, is not: `latency_us` is a call's, whatever n, as NCCL's steps overlap (assumed; once a step, 15 us would make
+    18B's 35.9 days on 360 A100 38.0). Ranks on one node use its links; otherwise a ring leaves a node through the
+    network ports of its `per_node` members there, so it has their sum, at most a link's.
     """
     if ranks == 1:
         return 0.0

@@ -30,7 +30,8 @@ class Gpu(Section):
     """What the formulae know of a GPU and its cluster.
 
     Peaks, bandwidths and sizes are the vendor's. Every share (`*_share`, `matmul_share`) is assumed, and says what part
-    of the peak is reached; `slowdown` alone is fitted, to one published run, see `calibration`.
+    of the peak is reached; `slowdown` is fitted, to one published run, see `calibration`. Hopper's largest matmul_share
+    was chosen between two sources with that fit in view, see below.
     """
 
     name: str
