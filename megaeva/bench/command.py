@@ -265,7 +265,7 @@ def run_sweep(
         try:
             failed = sweep.make_runs(runs, machines, out, peak_tflops, print)
         finally:  # also after Ctrl-C: what is there is shown
-            if rows := sweep.read_rows(out):
+            if rows := sweep.fresh_rows(out, runs):
                 lines = sweep_tables.table_lines(rows)
                 (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
                 sweep_tables.draw(rows, out / "sweep.svg")

@@ -1,7 +1,8 @@
 """`megaeva bench sweep`: layouts, sizes, precisions and numbers of ranks of one recipe, a few steps of each as a job.
 
-OUT/rows.jsonl has one row a run; a run whose row is there is not made again. OUT/tables.md and OUT/sweep.svg are drawn
-from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no checkpoint.
+OUT/rows.jsonl has one row a run; a run whose row is there is not made again, unless its recipe is another by now.
+OUT/tables.md and OUT/sweep.svg are drawn from the rows. OUT/runs/NAME keeps a run's log, metrics and trace, no
+checkpoint.
 """
 
 import difflib
@@ -25,7 +26,9 @@ from megaeva.config.schema import AxesSection, Config, EvalSection, TrainSection
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 from megaeva.loop.launch import StageFailedError
+from megaeva.loop.ledger import recipe_hash
 from megaeva.observability.metrics import read_metrics
+from megaeva.observability.record import _git_commit
 from megaeva.planning import plan
 from megaeva.planning.gpus import find_gpu
 
@@ -54,6 +57,11 @@ class Run:
     ranks: int
     cfg: Config
     identity: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of all that its recipe says now, whatever --out is; a file may say something else under the same name."""
+        return recipe_hash(self.cfg.model_copy(update={"run_dir": ""}))[:12]
 
 
 def layout_overrides(layout: str, cfg: Config) -> list[str]:
@@ -181,7 +189,7 @@ def plan_runs(
 def make_runs(
     runs: Sequence[Run], machines: Machines, out: Path, peak_tflops: float | None, say: Callable[[str], None]
 ) -> list[str]:
-    """Makes the runs that have no row yet, and returns the names of those that failed.
+    """Makes the runs that have no row of their recipe yet, and returns the names of those that failed.
 
     One that fails or hangs is said and has no row, so the next sweep tries it again.
 
@@ -192,14 +200,16 @@ def make_runs(
     Raises:
         StageInterruptedError: this process got SIGINT or SIGTERM; the run under way was ended and has no row.
     """
-    done = {json.dumps(_identity(row)) for row in read_rows(out)}
+    rows = {json.dumps(_identity(row)): row for row in read_rows(out)}
+    here = _git_commit()
     failed: list[str] = []
     for number, run in enumerate(runs, 1):
         title = f"({number}/{len(runs)}) {run.name}"
-        if json.dumps(run.identity) in done:
-            say(f"{title}: has its row")
+        if (old := rows.get(json.dumps(run.identity))) and old.get("digest") == run.digest:
+            made_by = f", of commit {old.get('commit')}; this is {here}; delete the line in rows.jsonl to measure again"
+            say(f"{title}: has its row{'' if old.get('commit') == here else made_by}")
             continue
-        say(title)
+        say(f"{title}: its row is of another recipe, made again" if old else title)
         run_dir = Path(run.cfg.run_dir)
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
@@ -218,8 +228,9 @@ def make_runs(
         if peak is None:
             say(f"{title}: no MFU, the peak of {source} is not known; --peak-tflops gives it")
         mfu = figures["model_flops"] / (figures["step_seconds"] * run.ranks * peak * 1e12) if peak else None
-        row = run.identity | figures | {"mfu": mfu, "peak_tflops": peak, "peak_from": source if peak else None}
-        _append_row(out / "rows.jsonl", row)
+        row = run.identity | {"digest": run.digest} | figures
+        row |= {"mfu": mfu, "peak_tflops": peak, "peak_from": source if peak else None}
+        _write_row(out, row)
         say(f"{title}: {row['samples_per_second']:.4g} samples/s")
     return failed
 
@@ -285,6 +296,14 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def fresh_rows(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """All rows of a sweep but those of `runs` that are of another recipe: in one table they would pass for one."""
+    digests = {json.dumps(run.identity): run.digest for run in runs}
+    return [
+        row for row in read_rows(out) if row.get("digest") == digests.get(json.dumps(_identity(row)), row.get("digest"))
+    ]
+
+
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """The folder `out`, for this process: two sweeps would delete one another's runs.
@@ -305,11 +324,15 @@ def alone_in(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _append_row(path: Path, row: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
+def _write_row(out: Path, row: Mapping[str, Any]) -> None:
+    """In place of the run's old one; a kill leaves all rows or, beside them, the new one too."""
+    rows = [one for one in read_rows(out) if _identity(one) != _identity(row)]
+    temporary = out / "rows.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(one) + "\n" for one in [*rows, row])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(out / "rows.jsonl")
 
 
 def _identity(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megaeva.bench import sweep
-from megaeva.bench.sweep import Run, alone_in, layout_overrides, make_runs, plan_runs, read_rows
+from megaeva.bench.sweep import Run, alone_in, fresh_rows, layout_overrides, make_runs, plan_runs, read_rows
 from megaeva.bench.sweep_nodes import Machines
 from megaeva.bench.sweep_tables import draw, scaling_of, strong_group, table_lines
 from megaeva.config import load
@@ -152,6 +152,49 @@ def test_rows_are_measured_once(recipe: Path) -> None:
     make_runs(runs, jobs, out, 0.001, said.append)
     assert jobs.made == ["recipe_fp32_dp_2_ranks_batch_8", "recipe_fp32_dp_2_ranks_batch_16"]
     assert [row["ranks"] for row in read_rows(out)] == [1, 2]
+
+
+def test_a_row_of_another_recipe_is_made_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, out, said = Jobs(), recipe.parent / "out", list[str]()
+    monkeypatch.setattr(sweep, "_git_commit", lambda: "abc")
+
+    def swept() -> list[Run]:
+        said.clear()
+        jobs.made.clear()
+        runs = planned(recipe, said, layouts=["dp"], scaling="strong")
+        make_runs(runs, jobs, out, 0.001, said.append)
+        return runs
+
+    before = swept()
+    assert swept()[0].digest == before[0].digest
+    assert jobs.made == [] and said == [f"({i + 1}/2) {run.name}: has its row" for i, run in enumerate(before)]
+    other = plan_runs(
+        recipe, ["seed=3"], ranks=[1], layouts=["dp"], sizes=[], precisions=[], scaling="strong", steps=STEPS,
+        machines=HERE, out=recipe.parent / "elsewhere", say=said.append,
+    )  # fmt: skip
+    assert other[0].digest == before[0].digest
+
+    monkeypatch.setattr(sweep, "_git_commit", lambda: "def")
+    swept()
+    assert jobs.made == [] and said[0].endswith(
+        "has its row, of commit abc; this is def; delete the line in rows.jsonl to measure again"
+    )
+
+    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
+    old = read_rows(out)
+    runs = swept()
+    assert jobs.made == [run.name for run in runs] == [run.name for run in before]
+    assert all(f"{run.name}: its row is of another recipe, made again" in "\n".join(said) for run in runs)
+    assert [row["digest"] for row in read_rows(out)] == [run.digest for run in runs]
+    assert sorted(path.name for path in out.iterdir()) == ["rows.jsonl", "runs"]
+
+    # A row that is left of the older recipe, or of a megaeva that wrote no digest, is in no table.
+    mixed = [read_rows(out)[0], old[1]]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    assert fresh_rows(out, runs) == mixed[:1] and fresh_rows(out, runs[:1]) == mixed
+    del mixed[0]["digest"]
+    (out / "rows.jsonl").write_text(json.dumps(mixed[0]) + "\n")
+    assert fresh_rows(out, runs) == []
 
 
 def test_a_folder_is_one_sweeps_and_has_its_rows_alone(recipe: Path) -> None:
