@@ -78,8 +78,8 @@ class Case:
 
 
 def make_recipe(case: Case) -> Config:
-    """A recipe of small sizes, its rules not checked: AdamW at lr 1e-3 falling as a cosine over the run, layer decay, clipping that
-    binds in most steps."""
+    """A recipe of small sizes, its rules not checked: AdamW at lr 1e-3 falling as a cosine over the run, layer decay,
+    clipping that binds in most steps."""
     layout = case.layout
     heads = {
         "num_heads": layout.num_heads,

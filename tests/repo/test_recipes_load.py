@@ -32,8 +32,8 @@ CLIP = {
     "clip_eva_18b": (4e-4, 0.9, 4e-5, 0.75, (0.9, 0.95), 1e-6, 0.0, 0.5, 108_000, 6.044e9),
 }
 ROUNDED = {"clip_eva_8b", "clip_eva_8b_448"}  # the paper's batch, in thousands; a multiple of the ranks here
-# facts.md 3b: learning rate, warm-up in epochs, drop path, share of the gradient at the patches, batch, epochs; images, of
-# which the 14.2 M are unconfirmed.
+# facts.md 3b: learning rate, warm-up in epochs, drop path, share of the gradient at the patches, batch, epochs,
+# images; of these the 14.2 M are unconfirmed.
 MIM = {
     "mim_eva01_g14": (1e-3, 2, 0.1, 1.0, 4096, 150, 30e6),
     "mim_eva02_b": (1.5e-3, 1, 0.0, 0.1, 2048, 150, 14.2e6),
