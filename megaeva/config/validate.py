@@ -13,7 +13,7 @@ from megaeva.config.fp8 import FP8_RULES
 from megaeva.config.layout import LAYOUT_RULES, teacher_problems
 from megaeva.config.phases import PHASE_RULES
 from megaeva.config.problem import Problem, divisors
-from megaeva.config.schema import Config, LoopConfig, Section, TextSection, VisionSection
+from megaeva.config.schema import Config, LoopConfig, OptimSection, Section, TextSection, VisionSection
 from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
 from megaeva.errors import ConfigError
 
@@ -112,8 +112,15 @@ def _task_sections(cfg: Config) -> Iterator[Problem]:
             )
         if cfg.teacher is None:
             yield Problem("teacher", "is needed by task=mim", "set teacher.checkpoint to the run folder of a CLIP")
+        if cfg.init.clip is not None:
+            yield Problem("init.clip", "must be absent in task=mim, which trains a vision tower", "set init.vision")
         if cfg.init.text is not None:
             yield Problem("init.text", "must be absent in task=mim, which has no text tower", "remove it")
+        if cfg.optim.text is not None:
+            yield Problem("optim.text", "must be absent in task=mim, which has no text tower", "remove it")
+        # Not whether it is written: a run's own config.yaml spells out defaults.
+        if cfg.optim.logit_scale_lr != OptimSection.model_fields["logit_scale_lr"].default:
+            yield Problem("optim.logit_scale_lr", "must be absent in task=mim, which has no logit scale", "remove it")
     else:
         for name in ("mim", "teacher"):
             if getattr(cfg, name) is not None:

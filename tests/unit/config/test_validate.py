@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megaeva.config import VARIANTS, load
+from megaeva.config import VARIANTS, dump, load
 from megaeva.config.layout import teacher_problems
 from megaeva.config.schema import VisionSection
 from megaeva.errors import ConfigError
@@ -138,7 +138,10 @@ BROKEN = [
     (CLIP, ("train.spike_guard.action=roll_back", "save.enabled=false"), ["none is saved on the way"]),
     (MIM, ("mim=null",), ["mim (command line) is needed by task=mim"]),
     (MIM, ("teacher=null",), ["teacher (command line) is needed by task=mim"]),
+    (MIM, ("init.clip=x",), ["init.clip=x (command line) must be absent in task=mim", "set init.vision"]),
     (MIM, ("init.text=x",), ["init.text=x", "no text tower"]),
+    (MIM, ("optim.text.lr=1",), ["optim.text (command line) must be absent in task=mim, which has no text tower"]),
+    (MIM, ("optim.logit_scale_lr=1e-3",), ["optim.logit_scale_lr=0.001 (command line) must be absent in task=mim"]),
     (MIM, ("mim.mask.num_masked=256",), ["mim.mask.num_masked=256", "below the 256 patches"]),
     (MIM, ("mim.mask.min_block=106",), ["mim.mask.min_block=106", "num_masked=105"]),
     (MIM, ("model.vision.patch_dropout=0.5",), ["model.vision.patch_dropout=0.5", "must be 0 in task=mim"]),
@@ -162,6 +165,9 @@ def test_rules_that_do_not_apply_are_silent(tmp_path: Path) -> None:
     path.write_text(MIM, encoding="utf-8")
     # MIM has no text tower: its sizes bind nothing.
     assert load(path, ["parallel.vision.tp=2", "model.text.vocab_size=5"]).parallel.vision.tp == 2
+    # A run's own config.yaml spells out the rate of a logit scale that it does not have.
+    dump(load(path), tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == load(path)
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
