@@ -308,20 +308,30 @@ def fresh_rows(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
 def alone_in(out: Path) -> Iterator[None]:
     """The folder `out`, for this process: two sweeps would delete one another's runs.
 
+    On a file system without locks nothing is held.
+
     Raises:
-        ConfigError: another has it.
+        ConfigError: another has it, or it cannot be written.
     """
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        lock = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)  # NFS locks no file opened for reading
+    except OSError as error:
         raise ConfigError(
-            f"--out {out} is in use by another sweep; each must have a folder of its own; wait for that one, or "
-            "choose another."
+            f"--out {out} cannot be written ({error.strerror}); it must be a folder that can be; choose another."
         ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--out {out} is in use by another sweep; each must have a folder of its own; wait for that one, or "
+                "choose another."
+            ) from None
+        except OSError:  # e.g. Lustre mounted without flock
+            pass
+        yield
     finally:
-        os.close(folder)
+        os.close(lock)
 
 
 def _write_row(out: Path, row: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """What a sweep runs, what it reads from a run's folder, what it skips, and its tables. Jobs here are made up."""
 
+import errno
+import fcntl
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +215,31 @@ def test_a_folder_is_one_sweeps_and_has_its_rows_alone(recipe: Path) -> None:
     ):
         pass
     with alone_in(out):
+        pass
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock_of_nfs(file: int, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise AssertionError("EBADF on NFS")
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with alone_in(tmp_path):
+        pass
+
+    def no_flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with alone_in(tmp_path):
+        pass
+    with pytest.raises(BlockingIOError), alone_in(tmp_path):  # of the sweep, not of the lock
+        raise BlockingIOError
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"^--out .*file cannot be written \(Not a directory\); .*; choose another"),
+        alone_in(tmp_path / "file"),
+    ):
         pass
 
 
