@@ -1,6 +1,7 @@
 """`megaeva plan --search`: layouts that keep the rules of a recipe, by the days they take, and why others are none."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice, product
@@ -9,7 +10,7 @@ from typing import Any
 from megaeva.config.layout import text_tp_choices, vision_tp_choices
 from megaeva.config.problem import divisors
 from megaeva.config.schema import Config, ModelSection, ParallelSection
-from megaeva.config.topology import microbatches, virtual_stages
+from megaeva.config.topology import microbatches, sharing_ranks, virtual_stages
 from megaeva.config.validate import RULES, problems
 from megaeva.config.world import world_fault
 from megaeva.planning.estimate import Plan, StageBytes, plan
@@ -18,6 +19,7 @@ from megaeva.planning.gpus import GPUS, Gpu, Precision
 from megaeva.planning.table import columns, in_bytes
 
 _NUM_SHOWN = 5
+_HOST_GIB = 256  # of a GPU's part of its node's memory: a DGX of 8 has 2 TB
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Search:
     """What a search found.
 
     Attributes:
-        best: plans that fit, the fewest days first.
+        fitting: plans that fit, the fewest days first.
+        best: the first of those that differ much.
         tried: layouts that were planned or refused.
         left_out: why sizes and precisions were not tried, a line each.
     """
@@ -51,6 +54,7 @@ class Search:
     num_gpus: int
     gpu: Gpu
     teacher: ModelSection | None = None
+    fitting: list[Plan] = field(default_factory=list)
     best: list[Plan] = field(default_factory=list)
     families: list[Family] = field(default_factory=list)
     tried: int = 0
@@ -66,7 +70,6 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
     that fits: none, of attention, of the fewest first layers of a stage, of all; more costs time and gains nothing.
     """
     found = Search(cfg, num_gpus, gpu, teacher, left_out=_left_out(cfg, gpu))
-    plans: list[Plan] = []
     for tp, pp in product(_tp_choices(vision_tp_choices(cfg), gpu), _pp_choices(cfg)):
         family = Family(tp, pp)
         found.families.append(family)
@@ -88,8 +91,9 @@ def search(cfg: Config, num_gpus: int, gpu: Gpu, teacher: ModelSection | None = 
                 fitting = _least_recompute(found, family, sized)
                 if fitting is None:
                     break  # a larger one takes more
-                plans.append(fitting)
-    found.best = _distinct(sorted(plans, key=lambda one: one.days))
+                found.fitting.append(fitting)
+    found.fitting.sort(key=lambda one: one.days)
+    found.best = _distinct(found.fitting)
     return found
 
 
@@ -338,34 +342,69 @@ def _nothing_fits(found: Search) -> list[str]:
     nearest = min(planned, key=lambda one: one.worst.total)
     worst, gpu = nearest.worst, found.gpu
     part = max(worst.parts, key=lambda name: worst.parts[name])
-    enough = (
-        number
-        for number in (found.num_gpus * factor for factor in (2, 4, 8, 16))
-        if _refusal(nearest.cfg, number) is None and plan(nearest.cfg, number, gpu, found.teacher).fits
-    )
-    number = next(enough, None)
-    more = (
-        f"it fits on {number} GPUs, which share the optimizer's state" if number else "more GPUs alone do not mend it"
-    )
+    number = _enough_gpus(found)
     return [
         f"Nothing fits: the least is {in_bytes(worst.total)} on {gpu.memory_gib:g} GiB, "
         f"{in_bytes(worst.total - nearest.capacity)} too many, with:",
         *_wrapped(overrides(nearest.cfg, found.cfg)),
-        f"Most of it is {part} ({in_bytes(worst.parts[part])}); {more}. On {found.num_gpus} GPUs of "
+        f"Most of it is {part} ({in_bytes(worst.parts[part])}). On {found.num_gpus} GPUs of "
         f"{worst.total / GIB:.0f} GiB it would fit ({_larger(worst.total)}).",
         *_on_host(found, worst),
+        f"It fits on {number} GPUs, the fewest found: use --gpus {number} --search."
+        if number
+        else "No larger number of GPUs was found on which it fits.",
     ]
+
+
+def _enough_gpus(found: Search) -> int | None:
+    """The fewest GPUs, more than were asked for, that hold a layout which a search tries there; None: none was found.
+
+    Of each tp x pp those that take least, with all computed again and micro batches of 1. One that does not fit is
+    taken not to fit on fewer GPUs either.
+    """
+    best: int | None = None
+    for family in found.families:
+        for cfg in _layouts(found.cfg, family.tp, family.pp, found.gpu):
+            least = _recomputing(_with(cfg, "train", micro_batch_size=1), "full")
+            if cfg.parallel.vision.vpp > 1 or any(problems(least, RULES)):
+                continue
+
+            def fits(number: int, cfg: Config = least) -> bool:
+                return plan(cfg, number, found.gpu, found.teacher).fits
+
+            numbers = (sharing_ranks(cfg) * share for share in divisors(cfg.train.global_batch_size))
+            larger = [number for number in numbers if found.num_gpus < number < (best or number + 1)]
+            larger = [number for number in larger if world_fault(least, number) is None]
+            place = bisect_left(larger, True, key=fits)
+            best = larger[place] if place < len(larger) else best
+    return best
 
 
 def _on_host(found: Search, worst: StageBytes) -> list[str]:
     """What fits when the host's memory holds the decoded images."""
     if not worst.parts["images"]:
         return []
-    best = search(_decoded_on_host(found.cfg), found.num_gpus, found.gpu, found.teacher).best
-    if not best:
-        return ["Nor does it with data.decoder=pillow, which keeps decoded images in the host's memory."]
-    head = f"It fits with the images decoded on the host, {in_bytes(best[0].host_image_bytes)} of its memory a GPU:"
-    return [head, *_wrapped(overrides(best[0].cfg, found.cfg))]
+    plans = search(_decoded_on_host(found.cfg), found.num_gpus, found.gpu, found.teacher).fitting
+    if not plans:
+        return ["It does not fit with data.decoder=pillow either, which keeps decoded images in the host's memory."]
+    one = next((one for one in plans if _has_host_room(one)), None)
+    if one is None:
+        least = min(plans, key=lambda one: one.host_image_bytes)
+        return [f"With data.decoder=pillow it would fit{_without_host_room(least)}."]
+    return [f"With data.decoder=pillow it would fit{_host_room(one)}, with:", *_wrapped(overrides(one.cfg, found.cfg))]
+
+
+def _has_host_room(one: Plan) -> bool:
+    return one.host_image_bytes <= _HOST_GIB * GIB
+
+
+def _host_room(one: Plan) -> str:
+    return f", where a node has {in_bytes(one.host_image_bytes)} of memory for images for each GPU"
+
+
+def _without_host_room(one: Plan) -> str:
+    taken = in_bytes(one.host_image_bytes)
+    return f", but images take {taken} of the host's memory for each GPU; 8 GPUs with 2 TB have {_HOST_GIB} GiB each"
 
 
 def _decoded_on_host(cfg: Config) -> Config:
@@ -392,7 +431,14 @@ def remedies(one: Plan, teacher: ModelSection | None) -> list[str]:
     layouts = (one.cfg.model_copy(update={"parallel": _updated(one.cfg.parallel, "vision", values)}) for values in cuts)
     share, _ = microbatches(one.cfg, axes, one.num_gpus)
     smaller = (_with(one.cfg, "train", micro_batch_size=size) for size in reversed(divisors(share)) if size < share)
-    on_host = [_decoded_on_host(one.cfg)] if one.worst.parts["images"] else []
-    ways = [*filter(fits, on_host), *filter(fits, layouts), *islice(filter(fits, smaller), 1)]
+    ways = [*filter(fits, layouts), *islice(filter(fits, smaller), 1)]
     lines = [f"it would fit with: {' '.join(overrides(cfg, one.cfg))}" for cfg in ways]
-    return lines or ["no single change makes it fit; try --search"]
+    lines = lines or ["no single change makes it fit; try --search"]
+    decoded = _decoded_on_host(one.cfg)
+    if not one.worst.parts["images"] or not fits(decoded):
+        return lines
+    on_host = plan(decoded, one.num_gpus, one.gpu, teacher)
+    head = "with data.decoder=pillow it would fit"
+    if _has_host_room(on_host):
+        return [head + _host_room(on_host), *(lines if ways else [])]
+    return [*lines, head + _without_host_room(on_host)]

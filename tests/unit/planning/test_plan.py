@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from megaeva.config import check_world, load
+from megaeva.config.problem import divisors
 from megaeva.errors import ConfigError, UserError
 from megaeva.planning import plan
 from megaeva.planning.command import run_plan
@@ -94,14 +96,43 @@ def test_nothing_fits() -> None:
     assert text.startswith("Nothing fits: the least is ")
     assert "too many, with:" in text
     assert "Most of it is " in text
-    assert "Nor does it with data.decoder=pillow" in text
+    assert "It does not fit with data.decoder=pillow either" in text
     with pytest.raises(UserError, match=r"on 7 GPUs; .*use --gpus 6 or 8, or change train.global_batch_size") as caught:
         run_plan(EVA_18B, [], 7, "a100-40", searching=True)
+
+
+def test_images_that_a_host_has_room_for() -> None:
     recipe = RECIPES / "clip_eva02_e14plus.yaml"
-    with pytest.raises(UserError, match="It fits with the images decoded on the host") as caught:
+    with pytest.raises(UserError) as caught:
         run_plan(recipe, ["data.decoder=auto"], 24, "a100-40", searching=True)
-    changes = str(caught.value).split("a GPU:")[1].split("\n\n")[0].replace("\\", "").split()
-    assert plan(load(recipe, changes), 24, GPUS["a100-40"]).fits
+    said = re.search(r"pillow it would fit, where a node has (.*) GiB .*, with:\n((  .*\n)+)", str(caught.value))
+    assert said is not None
+    one = plan(load(recipe, said[2].replace("\\", "").split()), 24, GPUS["a100-40"])
+    assert one.fits and float(said[1]) == round(one.host_image_bytes / GIB, 1) < 256
+    found = search(load(EVA_18B), 24, GPUS["a100-40"])
+    room = re.compile(
+        r"with data\.decoder=pillow it would fit, but images take (.*) GiB .* 2 TB have 256 GiB each", re.I
+    )
+    (line,) = filter(room.match, search_lines(found))
+    assert float(room.match(line)[1]) > 256  # type: ignore[index]
+    (line,) = filter(room.match, lines := run_plan(EVA_18B, [], 24, "a100-40"))
+    taken = plan(load(EVA_18B, ["data.decoder=pillow"]), 24, GPUS["a100-40"]).host_image_bytes
+    assert float(room.match(line)[1]) == round(taken / GIB, 1)  # type: ignore[index]
+    assert "no single change makes it fit; try --search" in lines
+
+
+def test_the_number_of_gpus_on_which_it_fits() -> None:
+    """Of all numbers that divide the batch the first on which a search finds something; none is not called never."""
+    recipe, gpu = load(RECIPES / "clip_eva02_l14.yaml"), GPUS["a100-40"]
+    shares = [number for number in divisors(recipe.train.global_batch_size) if 2 < number <= 64]
+    fewest = next(number for number in shares if search(recipe, number, gpu).best)
+    assert fewest > shares[0]
+    line = "It fits on {0} GPUs, the fewest found: use --gpus {0} --search."
+    assert line.format(fewest) in search_lines(search(recipe, 2, gpu))
+    assert line.format(144) in search_lines(search(load(EVA_18B), 8, gpu)), "no power of 2 more"
+    assert search(load(EVA_18B), 144, gpu).best
+    small = gpu.model_copy(update={"memory_gib": 1.0})
+    assert "No larger number of GPUs was found on which it fits." in search_lines(search(recipe, 2, small))
 
 
 def test_what_would_make_a_plan_fit() -> None:

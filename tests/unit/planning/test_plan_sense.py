@@ -139,8 +139,12 @@ def test_what_a_rank_waits_for() -> None:
 
 
 def test_a_plan_that_does_not_fit_for_its_images_says_so() -> None:
-    lines = run_plan(RECIPES / "clip_eva_18b.yaml", ["parallel.vision.pp=9"], 360, "a100-40")
-    assert "it would fit with: data.decoder=pillow" in lines, lines
+    recipe = RECIPES / "clip_eva_8b_448.yaml"
+    lines = run_plan(recipe, [], 48, "a100-40")
+    on_host = plan(load(recipe, ["data.decoder=pillow"]), 48, GPUS["a100-40"])
+    room = f"where a node has {on_host.host_image_bytes / 2**30:.1f} GiB of memory for images for each GPU"
+    assert f"with data.decoder=pillow it would fit, {room}" in lines, lines
+    assert not any(line.startswith("no single change") for line in lines)
 
 
 def test_all_ranks_of_a_block_hold_its_targets() -> None:
