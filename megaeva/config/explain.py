@@ -110,6 +110,12 @@ def explain(source: Source, model: type[Section], values: Any, error: Mapping[st
         source.fail(keys, f"has the wrong number of entries: {error['msg']}", "add or remove entries", value)
     elif limits := [(word, context[name]) for name, word in _LIMITS.items() if name in context]:
         source.fail(keys, f"must be {' and '.join(f'{w} {v:g}' for w, v in limits)}", f"change it{about}", value)
+    elif value is None and kind in ("dict_type", "model_type") and isinstance(get_in(values, keys[:-1]), Mapping):
+        around = _model_at(model, keys[:-1]).model_fields.get(keys[-2]) if len(keys) > 1 else None
+        name, then = ".".join(keys), ""
+        if around is not None and is_free(around.annotation):  # one of several, which cannot go alone
+            name, then = ".".join(keys[:-1]), ", then add those to keep"
+        source.fail(keys, f"must be {_MUST_BE[kind]}", f"to drop what is inherited set {name}={{}}{then}", value)
     else:
         must = _MUST_BE.get(kind)
         advice = _ADVICE.get(kind, f"correct it{about}")

@@ -181,11 +181,13 @@ def neighbours(path: Path) -> list[str]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`; mappings merge key by key, everything else is replaced."""
+    """`above` over `below`; mappings merge key by key, everything else is replaced, and by `{}` a mapping too."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value:
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 
@@ -250,7 +252,7 @@ def _apply_override(source: Source, text: str) -> None:
                 return
             changed = list(around)
             old = changed[int(keys[index])]
-            if isinstance(old, Mapping) and isinstance(value, Mapping):
+            if isinstance(old, Mapping) and isinstance(value, Mapping) and value:
                 value = merge(old, value)
             changed[int(keys[index])] = value
             value = changed

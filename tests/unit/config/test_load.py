@@ -127,6 +127,25 @@ def test_diff_names_what_changed(tmp_path: Path) -> None:
     assert diff_from_base(write(tmp_path, "base: b.yaml\n")) == []
 
 
+def test_an_empty_mapping_drops_what_is_inherited(tmp_path: Path) -> None:
+    write(
+        tmp_path, RECIPE + "eval: {batch_size: 7, retrieval: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}}\n", "b.yaml"
+    )
+    path = write(tmp_path, "base: b.yaml\n")
+    child = write(tmp_path, "base: b.yaml\neval: {retrieval: {}}\n", "child.yaml")
+    for recipe, overrides in ((path, ["eval.retrieval={}"]), (child, []), (path, as_overrides({"eval.retrieval": {}}))):
+        cfg = load(recipe, overrides)
+        assert (cfg.eval.retrieval, cfg.eval.batch_size) == ({}, 7)
+        (line,) = diff_from_base(recipe, overrides)
+        assert line.startswith("eval.retrieval: {") and line.endswith(" -> {}")
+    assert load(path, ["eval={}"]).eval.batch_size == 64
+    assert list(load(path, ["eval.retrieval={}", "eval.retrieval.c.shards=[c.tar]"]).eval.retrieval) == ["c"]
+    assert list(load(path, ["eval={}", "eval.retrieval.c.shards=[c.tar]"]).eval.retrieval) == ["c"]
+    phases = ["data.train=[]", "data.phases=[{samples: 6400, train: [a.tar], patch_dropout: 0.5}]"]
+    with pytest.raises(ConfigError, match=r"data\.phases\.0\.samples .*is missing"):
+        load(path, [*phases, "data.phases.0={}"])
+
+
 def test_a_recipe_without_a_base_is_its_own_and_only_overrides_are_told(tmp_path: Path) -> None:
     dump(load(write(tmp_path, RECIPE), ["model.vision.num_layers=3"]), tmp_path / "resolved.yaml")
     assert diff_from_base(tmp_path / "resolved.yaml") == []
@@ -151,6 +170,15 @@ MISTAKES = {
     "flag for a number": (RECIPE + "seed: true\n", (), ["seed=true", "must be an integer"]),
     "half a sample": (RECIPE, ("train.total_samples=100.5",), ["train.total_samples=100.5", "must be an integer"]),
     "section expected": (RECIPE + "save: 5\n", (), ["save=5", "must be a section of keys"]),
+    "mapping taken out": (
+        RECIPE, ("eval.retrieval=null",),
+        ["eval.retrieval=null (command line) must be a mapping", "to drop what is inherited set eval.retrieval={}."],
+    ),
+    "one set taken out": (
+        RECIPE, ("eval.retrieval.a=null",),
+        ["eval.retrieval.a=null (command line) must be a section", "set eval.retrieval={}, then add those to keep."],
+    ),
+    "section taken out": (RECIPE + "save: null\n", (), ["save=null", "must be a section of keys", "set save={}."]),
     "list expected": (RECIPE, ("data.train=a.tar",), ["data.train", "must be a list"]),
     "out of range": (RECIPE, ("optim.vision.lr=0",), ["optim.vision.lr=0", "must be above 0"]),
     "empty folder": (RECIPE, ("run_dir=''",), ['run_dir="" (command line)', "must be text that is not empty"]),
