@@ -139,8 +139,8 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs of the run / (its seconds x GPUs x the bf16 peak, fp32's in an fp32 run)."""
-        peak = self.gpu.peak_tflops["fp32" if self.cfg.train.precision == "fp32" else "bf16"] * 1e12
+        """Model FLOPs of the run / (its seconds x GPUs x the peak of its parameters' precision: bf16's in FP8)."""
+        peak = self.gpu.peak_tflops[self.cfg.train.parameter_precision] * 1e12
         flops = sum(one.model_flops * one.phase.steps for one in self.phases)
         return flops / (self.days * 86400 * self.num_gpus * peak)
 

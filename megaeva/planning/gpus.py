@@ -1,18 +1,23 @@
 """GPUs as plain data, what a recipe is planned for. Nothing in here was measured by this project."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from megaeva.config.explain import explain
 from megaeva.config.schema import Section
+from megaeva.config.source import gather
 from megaeva.errors import ConfigError
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Share = Annotated[float, Field(gt=0, le=1)]
+# Far beyond any GPU, and so that seconds, days and bytes stay finite.
+_Positive = Annotated[float, Field(ge=1e-3, le=1e9)]
+_Share = Annotated[float, Field(ge=1e-4, le=1)]
+_Size = Annotated[int, Field(ge=1, le=1 << 20)]
 
 _EXAMPLE = "\n".join(
     [
@@ -40,31 +45,40 @@ class Gpu(Section):
     peak_tflops: dict[Precision, _Positive] = Field(min_length=1, description="dense matrix products")
     link_gb_s: _Positive = Field(description="to other GPUs of the node, one direction")
     network_gb_s: _Positive = Field(description="of one GPU to other nodes, one direction")
-    gpus_per_node: int = Field(8, ge=1)
-    matmul_share: dict[PositiveInt, _Share] = Field(
+    gpus_per_node: int = Field(8, ge=1, le=1024)
+    matmul_share: dict[_Size, _Share] = Field(
         {128: 0.08, 256: 0.18, 512: 0.36, 1024: 0.56, 2048: 0.70, 4096: 0.78, 8192: 0.80},
         min_length=1,
         description="of the peak, by the smallest of a product's three sizes; between them by its logarithm",
     )
-    fp8_share: float = Field(0.80, gt=0, le=1, description="FP8 reaches this share of `matmul_share` (casts, scales)")
-    attention_share: float = Field(0.45, gt=0, le=1, description="of the bf16 peak in flash attention")
-    memory_share: float = Field(0.80, gt=0, le=1, description="of memory_gb_s in element-wise kernels")
-    link_share: float = Field(0.75, gt=0, le=1, description="of link_gb_s and network_gb_s in NCCL's collectives")
-    latency_us: float = Field(15.0, ge=0, description="of one collective")
+    fp8_share: _Share = Field(0.80, description="FP8 reaches this share of `matmul_share` (casts, scales)")
+    attention_share: _Share = Field(0.45, description="of the 16-bit peak in flash attention")
+    memory_share: _Share = Field(0.80, description="of memory_gb_s in element-wise kernels")
+    link_share: _Share = Field(0.75, description="of link_gb_s and network_gb_s in NCCL's collectives")
+    latency_us: float = Field(15.0, ge=0, le=1e6, description="of one collective")
     launch_us: float = Field(
-        5.0, ge=0, description="of one kernel: a layer takes at least that for each of its kernels"
+        5.0, ge=0, le=1e6, description="of one kernel: a layer takes at least that for each of its kernels"
     )
     hidden_share: float = Field(0.8, ge=0, le=1, description="of a transfer that can be behind what it overlaps with")
     host_gb_s: _Positive = Field(20.0, description="from the host's memory, of tensors that are not pinned; assumed")
     decoded_images_s: _Positive = Field(3000.0, description="JPEGs that DALI decodes on one GPU; assumed")
-    slowdown: float = Field(1.0, ge=1, description="of everything; what no formula says. Fitted or 1")
+    slowdown: float = Field(1.0, ge=1, le=100, description="of everything; what no formula says. Fitted or 1")
     reserved_gib: float = Field(
-        2.0, ge=0, description="CUDA context, cuBLAS workspaces, NCCL's buffers of a dozen groups; assumed"
+        2.0, ge=0, le=1e6, description="CUDA context, cuBLAS workspaces, NCCL's buffers of a dozen groups; assumed"
     )
-    fragmentation: float = Field(0.06, ge=0, description="of activations, lost between the allocator's blocks; assumed")
+    fragmentation: float = Field(
+        0.06, ge=0, le=1, description="of activations, lost between the allocator's blocks; assumed"
+    )
     transformer_engine: bool = Field(
         True, description="False: layers in plain PyTorch and this project's CPU operators"
     )
+
+    @field_validator("peak_tflops")
+    @classmethod
+    def _has_bf16_beside_fp8(cls, peaks: dict[Precision, float]) -> dict[Precision, float]:
+        if "fp8" in peaks and "bf16" not in peaks:
+            raise ValueError("must have bf16 beside fp8: an FP8 run multiplies in both, and its MFU is of bf16's peak")
+        return peaks
 
 
 # Peaks, bandwidths: NVIDIA's data sheets of A100, H100 and H200 SXM and HGX B200, dense. Memory: capacities in torch's
@@ -124,15 +138,22 @@ def find_gpu(name: str) -> Gpu:
 
 def _read(path: Path) -> Gpu:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        node = yaml.compose(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--gpu {path} cannot be read ({error}); it must be YAML; write for example:\n{_EXAMPLE}"
         ) from None
-    if not isinstance(values, dict):
+    if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"--gpu {path} holds no keys; it must describe a GPU; write for example:\n{_EXAMPLE}")
+    source, _ = gather(path, ())
+    values = {"name": path.stem} | source.values
+    gpu = None
     try:
-        return Gpu.model_validate({"name": path.stem} | values)
+        gpu = Gpu.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-        raise ConfigError(f"--gpu {path} has mistakes: {faults}; a whole file is for example:\n{_EXAMPLE}") from None
+        for one in error.errors(include_url=False):
+            explain(source, Gpu, values, one)
+    if gpu is None or source.errors:
+        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(source.errors))
+        raise ConfigError(f"--gpu {path} has mistakes:\n{faults}\na whole file is for example:\n{_EXAMPLE}")
+    return gpu

@@ -1,6 +1,7 @@
 """`megaeva plan`: what it prints and refuses, what --search finds, and that all of it goes without torch."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -197,19 +198,66 @@ def test_gpus(tmp_path: Path) -> None:
     )
     assert find_gpu(str(path)).name == "mine"
     path.write_text("memory_gib: -1\nmemory: 3\n")
-    with pytest.raises(ConfigError, match=r"memory_gib: .*memory_gb_s: .*memory: Extra"):
+    with pytest.raises(ConfigError, match=r"(?s)memory_gib=-1 \(.*:1\) must be .*memory_gb_s .*missing.*memory=3 .*:2"):
         find_gpu(str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         find_gpu(str(tmp_path / "absent.yaml"))
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         find_gpu(str(path))
-    path.write_text(
-        "memory_gib: 24\nmemory_gb_s: .inf\nlink_gb_s: 30\nnetwork_gb_s: 3\npeak_tflops: {bf16: -1}\n"
-        "matmul_share: {0: 0.5, 128: 3}\n"
-    )
-    with pytest.raises(ConfigError, match=r"memory_gb_s: .*peak_tflops.bf16: .*matmul_share.0.*matmul_share.128"):
+    path.write_text("- memory_gib\n")
+    with pytest.raises(ConfigError, match="holds no keys"):
         find_gpu(str(path))
+
+
+_MINE = "memory_gib: 24\nmemory_gb_s: 900\nlink_gb_s: 30\nnetwork_gb_s: 3\n"
+_PEAK = "peak_tflops: {bf16: 165}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (_PEAK + "slowdown: 1\nslowdown: 2", r"slowdown \(.*:7\) is written twice, first at .*:6; keep one"),
+        ("peak_tflops: {bf16: 1, bf16: 2}", r"peak_tflops\.bf16 \(.*:5\) is written twice"),
+        ("peak_tflops: {bf16: -1}", r"peak_tflops\.bf16=-1 \(.*:5\) must be at least 0\.001"),
+        ("peak_tflops: {fp8: 1979}", r"peak_tflops=.* \(.*:5\) must have bf16 beside fp8: "),
+        (_PEAK + "matmul_share: {0: 0.5, 128: 3}", r"(?s)matmul_share\.0.*matmul_share\.128=3 .* must be at most 1"),
+        (_PEAK + "reserved_gib: .inf", r"reserved_gib=\.inf \(.*:6\) must be a finite number"),
+        (_PEAK + "slowdown: .inf", r"slowdown=\.inf \(.*:6\) must be a finite number"),
+        (_PEAK + "slowdown: 1e300", r"slowdown=.* must be at most 100"),
+        (_PEAK + "fragmentation: 1.5", r"fragmentation=1\.5 \(.*:6\) must be at most 1;"),
+        (_PEAK + "memory_share: 1e-200", r"memory_share=1e-200 .* must be at least 0\.0001"),
+        (_PEAK + "gpus_per_node: 10000000000", r"gpus_per_node=.* must be at most 1024"),
+        (_PEAK + "launch_us: '5'", r"launch_us=\"5\" .* must be a number"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_file_of_a_gpu(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(_MINE + text + "\n")
+    with pytest.raises(ConfigError, match=told) as caught:
+        find_gpu(str(path))
+    assert "a whole file is for example:\nname: my-gpu" in str(caught.value)
+
+
+def test_a_gpu_that_multiplies_in_fp16(tmp_path: Path) -> None:
+    """A V100 has no bf16."""
+    path = tmp_path / "v100.yaml"
+    path.write_text(_MINE + "peak_tflops: {fp16: 125, fp32: 15}\nmatmul_share: {128: 0.1, 4096: 0.8}\n")
+    gpu = find_gpu(str(path))
+    assert gpu.matmul_share == {128: 0.1, 4096: 0.8}
+    cfg = load(RECIPES / "clip_eva02_b16.yaml", ["train.precision=fp16"])
+    one, twice = (plan(cfg, 64, gpu.model_copy(update={"peak_tflops": {"fp16": peak}})) for peak in (125.0, 250.0))
+    seconds, flops = (
+        sum(getattr(phase, key) * phase.phase.steps for phase in one.phases) for key in ("step", "model_flops")
+    )
+    assert one.mfu == pytest.approx(flops / (seconds * 64 * 125e12))
+    assert twice.mfu < one.mfu
+    assert any(
+        "MFU" in line for line in run_plan(RECIPES / "clip_eva02_b16.yaml", ["train.precision=fp16"], 64, str(path))
+    )
+    for edge in ("reserved_gib: 1e6", "slowdown: 100", "memory_share: 1e-4", "matmul_share: {1000000: 1e-4}"):
+        path.write_text(_MINE + "peak_tflops: {fp16: 1e-3}\n" + edge + "\n")
+        assert math.isfinite(plan(cfg, 64, find_gpu(str(path))).days)
 
 
 def test_a_precision_that_the_gpu_lacks() -> None:
