@@ -19,6 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
 from megaeva.bench.sweep_nodes import Machines
 from megaeva.checkpoint.layout import read_model_section
 from megaeva.config import check_world, dump, load
@@ -40,7 +42,6 @@ _AGAIN = "run the same command again: it makes this run anew, and what is left."
 _PRECISIONS = get_args(TrainSection.model_fields["precision"].annotation)
 _UNDONE = ("tp", "pp", "vpp", "layers_per_stage", "sequence_parallel")
 _IDENTITY = ("recipe", "overrides", "size", "precision", "layout", "ranks", "nodes", "global_batch_size", "steps")
-_SHOWN = ("samples_per_second", "mfu", "memory_gib", "data_wait_share", "communication_share", "trace_shares")
 _NOTHING_BESIDE = ("save.enabled=false", "optim.warmup_steps=0")
 
 
@@ -62,6 +63,30 @@ class Run:
     def digest(self) -> str:
         """Of all that its recipe says now, whatever --out is; a file may say something else under the same name."""
         return recipe_hash(self.cfg.model_copy(update={"run_dir": ""}))[:12]
+
+
+class _Row(BaseModel):
+    """What is read of a row; it has more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    recipe: str
+    overrides: list[str]
+    size: str
+    precision: str
+    layout: str
+    ranks: PositiveInt
+    nodes: PositiveInt
+    global_batch_size: PositiveInt
+    steps: PositiveInt
+    digest: str | None = None
+    commit: str | None = None
+    samples_per_second: PositiveFloat
+    mfu: float | None
+    memory_gib: float
+    data_wait_share: float
+    communication_share: float
+    trace_shares: dict[str, float]
 
 
 def layout_overrides(layout: str, cfg: Config) -> list[str]:
@@ -281,17 +306,27 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         ConfigError: a line of something else.
     """
     path = out / "rows.jsonl"
+    if not path.exists():
+        return []
+    from megaeva.observability.profile import PARTS
+
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) or not line.strip():
+                continue
+            row = None
+        try:
+            if not _Row.model_validate(row).trace_shares.keys() >= {*PARTS}:
+                raise ValueError
         except ValueError:
-            continue
-        if not isinstance(row, dict) or not row.keys() >= {*_IDENTITY, *_SHOWN}:
             raise ConfigError(
                 f"{path}, line {number} is no row of a sweep; every line must be one; remove that line, or choose "
                 "another --out."
-            )
+            ) from None
         rows.append(row)
     return rows
 

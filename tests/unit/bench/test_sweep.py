@@ -200,14 +200,37 @@ def test_a_row_of_another_recipe_is_made_again(recipe: Path, monkeypatch: pytest
     assert fresh_rows(out, runs) == []
 
 
-def test_a_folder_is_one_sweeps_and_has_its_rows_alone(recipe: Path) -> None:
+def test_a_line_that_is_no_row_is_told(recipe: Path) -> None:
     out = recipe.parent / "out"
     make_runs(planned(recipe, [], layouts=["dp"], ranks=[1]), Jobs(), out, 0.001, print)
-    (kept,) = (out / "rows.jsonl").read_text().splitlines()
-    for stray in ("[]", '{"step": 1}', json.dumps({k: v for k, v in json.loads(kept).items() if k != "mfu"})):
-        (out / "rows.jsonl").write_text(f"{kept}\n{stray}\n")
+    kept = (out / "rows.jsonl").read_bytes()
+    row = json.loads(kept)
+
+    def other(**changes: object) -> bytes:
+        return json.dumps(row | changes).encode()
+
+    strays = [
+        b"hello", b"[]", b'{"step": 1}', kept[:-20], b'{"recipe": "\xff"}', b"[" * 100_000,
+        other(samples_per_second="fast"),
+        other(samples_per_second=0.0), other(mfu=float("nan")), other(trace_shares={}), other(trace_shares=None),
+        other(trace_shares=row["trace_shares"] | {"idle": "x"}), other(ranks=0), other(ranks=True), other(nodes="1"),
+        other(overrides="seed=3"), other(commit=7), json.dumps({k: v for k, v in row.items() if k != "mfu"}).encode(),
+    ]  # fmt: skip
+    for stray in strays:
+        (out / "rows.jsonl").write_bytes(kept + stray + b"\n")
         with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 is no row of a sweep; .* remove that line"):
             read_rows(out)
+    (out / "rows.jsonl").write_bytes(kept + strays[-1])  # a last line that is whole
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 is no row of a sweep"):
+        read_rows(out)
+    for cut_off in (b"", b"\n", b"hello", kept[:-20], b'{"recipe": "\xc3'):
+        (out / "rows.jsonl").write_bytes(kept + cut_off)
+        assert read_rows(out) == [row]
+
+
+def test_a_folder_is_one_sweeps(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
     with (
         alone_in(out),
         pytest.raises(ConfigError, match=r"out is in use by another sweep; .* choose another"),
