@@ -20,6 +20,7 @@ refuses a world of another size (`check_world_size` in config/world.py).
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from megaeva.errors import ConfigError, UserError, explain_end
 from megaeva.loop.launch import describe_exit, threads_of_each
 from megaeva.loop.meeting import address_towards, meeting, reach, resolve
 
+_WHOLE = re.compile(r"[0-9]{1,9}")
 _SAVE_SECONDS = 240  # between SIGTERM and SIGKILL; torchrun's own 30 are too few for a large checkpoint
 
 
@@ -121,8 +123,8 @@ def read_node(cfg: Config, environ: Mapping[str, str], num_gpus: int) -> Node:
     master = environ.get("MASTER_ADDR", "127.0.0.1" if nnodes == 1 else "")
     if not master:
         raise ConfigError(
-            f"MASTER_ADDR is not set with NNODES={nnodes}; it must be a name or address of node 0 that every node "
-            "reaches; set it to the same value on all nodes."
+            f"MASTER_ADDR {_lack(environ, 'MASTER_ADDR')} with NNODES={nnodes}; it must be a name or address of node "
+            "0 that every node reaches; set it to the same value on all nodes."
         )
     if nnodes > 1 and "PROCESSES" not in environ:
         raise ConfigError(
@@ -149,7 +151,7 @@ def machine_faults(node: Node, cfg: Config, environ: Mapping[str, str], num_gpus
     faults = []
     on_gpus = cfg.platform != "cpu"
     wanted = environ.get("SLURM_GPUS_ON_NODE", "")
-    if on_gpus and wanted.isdigit() and int(wanted) != num_gpus:
+    if on_gpus and _WHOLE.fullmatch(wanted) and int(wanted) != num_gpus:
         faults.append(
             f"nvidia-smi sees {num_gpus} GPUs, Slurm gave {wanted}; all must be there; exclude the node "
             f"(sbatch --exclude={socket.gethostname()}) and look at its GPUs (dmesg)."
@@ -233,7 +235,8 @@ def run(node: Node, arguments: Sequence[str]) -> int:
 def main(argv: Sequence[str]) -> int:
     """The exit code of this node; see the head of this file."""
     dry_run = "--dry-run" in argv
-    resume = "--resume" in argv or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    restarts = _number(os.environ, "SLURM_RESTART_COUNT", 0) if os.environ.get("SLURM_RESTART_COUNT") else 0
+    resume = "--resume" in argv or restarts > 0
     named = [argument for argument in argv if argument not in ("--dry-run", "--resume")]
     if not named:
         raise ConfigError(
@@ -264,6 +267,9 @@ def main(argv: Sequence[str]) -> int:
         print(shlex.join([*settings, sys.executable, "-m", "torch.distributed.run", *arguments]))
         for fault in faults:
             print(f"would be refused on this machine: {fault}")
+        # FIRST_NODE stands in recipes/train_slurm.sh for a name that Slurm gives.
+        if node.nnodes > 1 and node.master != "FIRST_NODE" and (unknown := _unknown(node.master)):
+            print(f"warning: {unknown}")
         return 0
     if faults:
         raise ConfigError("\n".join(faults))
@@ -277,11 +283,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _number(environ: Mapping[str, str], name: str, default: int | None, least: int = 0, most: int | None = None) -> int:
     text = environ.get(name, "" if default is None else str(default))
-    if not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
-        shown = f"{name}={text}" if text else f"{name} is not set and"
+    if not _WHOLE.fullmatch(text) or int(text) < least or (most is not None and int(text) > most):
+        shown = f"{name}={text}" if text else f"{name} {_lack(environ, name)} and"
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ConfigError(f"{shown} must be a whole number {bounds}; set {name}=... on this node.")
     return int(text)
+
+
+def _lack(environ: Mapping[str, str], name: str) -> str:
+    return "is empty" if name in environ else "is not set"
 
 
 def _by_slurm(environ: Mapping[str, str]) -> bool:
@@ -295,6 +305,19 @@ def count_gpus() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _unknown(host: str) -> str | None:
+    """Only a dry run says it: a name may come with node 0, so a start looks for it until JOIN_SECONDS are over."""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return (
+            f"MASTER_ADDR={host} does not resolve on this machine ({reason}); every node must find node 0 by it, or "
+            "stops after JOIN_SECONDS; look at the name, or set an address."
+        )
+    return None
 
 
 def _is_loopback(host: str) -> bool:

@@ -91,6 +91,7 @@ def test_slurm_dry_run_outside_of_slurm(recipe: Path) -> None:
     assert code == 0, err
     assert "srun --nodes=2 --ntasks-per-node=1" in out
     assert "4 of 8 ranks, node 0 at FIRST_NODE:31000" in out
+    assert "warning" not in out
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,10 @@ def test_an_interpreter_without_megaeva_is_named(tmp_path: Path) -> None:
     ("environment", "text"),
     [
         ({"NNODES": "two"}, "NNODES=two must be a whole number"),
+        ({"PROCESSES": "²"}, "^PROCESSES=² must be a whole number of at least 1; set PROCESSES="),
+        ({"PROCESSES": "9" * 5000}, "9 must be a whole number"),
+        ({"NNODES": ""}, "^NNODES is empty and must be a whole number of at least 1"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": ""}, "^MASTER_ADDR is empty with NNODES=2"),
         ({"MASTER_PORT": "65535"}, "MASTER_PORT=65535 must be a whole number from 1 to 65534"),
         ({"NNODE": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK and MASTER_ADDR set, but not NNODES"),
         ({"NNODES": "2"}, "NODE_RANK is not set"),
@@ -206,6 +211,9 @@ def test_an_old_run_is_refused_and_a_restart_resumes(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main(["--dry-run", str(recipe)]) == 0
     assert "--resume" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
+    with pytest.raises(ConfigError, match=r"^SLURM_RESTART_COUNT=x must be a whole number of at least 0; set "):
+        main(["--dry-run", str(recipe)])
 
 
 @pytest.mark.parametrize(
@@ -237,6 +245,18 @@ def test_a_dry_run_says_what_the_machine_lacks(recipe: Path, capsys: pytest.Capt
     assert "would be refused on this machine: platform=cuda" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="sees no GPU"):
         main([str(recipe), "platform=cuda"])
+
+
+def test_a_dry_run_says_that_node_0_has_no_such_name(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (TWO | {"MASTER_ADDR": "nohost.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["--dry-run", str(recipe)]) == 0
+    assert "\nwarning: MASTER_ADDR=nohost.invalid does not resolve on this machine (" in capsys.readouterr().out
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert main(["--dry-run", str(recipe)]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
