@@ -108,7 +108,8 @@ def rehearse(
             f"--rank {rank} is not in a world of --gpus {world_size}; it must be 0 to {world_size - 1}; name one of "
             "those, or more --gpus."
         )
-    if cfg.train.precision == "fp8" and (meta or not cfg.train.fp8.rehearse):
+    in_bf16 = cfg.train.precision == "fp8" and (meta or not cfg.train.fp8.rehearse)
+    if in_bf16:
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": "bf16"})})
     cpu = GPUS["a100-80"].model_copy(update={"transformer_engine": False})
     planned = plan(cfg, world_size, cpu, teacher)
@@ -116,9 +117,12 @@ def rehearse(
     apply_cpu_shim()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        return _Stage(cfg, planned, rank, meta).run()
+        out = _Stage(cfg, planned, rank, meta).run()
     finally:
         dist.destroy_process_group()
+    if in_bf16:
+        out.notes.append("in bf16 in place of FP8, whose own copies of the weights are in neither figure")
+    return out
 
 
 class _Stage:
@@ -415,7 +419,11 @@ def _without_memory() -> Iterator[None]:
 
 
 def _attention_flops() -> dict[Any, Any]:
-    """Of this project's own operator, which PyTorch cannot know: 4 S^2 w forward, twice that backward."""
+    """Of this project's own operator, which PyTorch cannot know: 4 S^2 w forward, twice that backward.
+
+    FlopCounterMode's convention, whose count of the operator's plain definition it is: a causal mask saves nothing, and
+    what the backward pass computes again of the forward one does not count.
+    """
     if "cpu" not in native_devices("attention"):
         return {}
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from megaeva.cli import app
@@ -11,9 +13,10 @@ from megaeva.config import check_world, load
 from megaeva.config.schema import ModelSection
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError, UserError
+from megaeva.ops import attention, native_devices
 from megaeva.planning import rehearse as rehearsal
 from megaeva.planning.command import _teacher, run_rehearsal
-from megaeva.planning.meter import Products16, allocations
+from megaeva.planning.meter import Meter, Products16, allocations
 from megaeva.planning.rehearse import Rehearsal, rehearsal_lines, rehearse
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -101,11 +104,37 @@ def test_each_pass_takes_what_was_predicted(recompute: str) -> None:
     check(rehearsed("demo_clip.yaml", 2, 1, [*cut, *again, "train.precision=bf16"], meta=False))
 
 
+@pytest.mark.skipif("cpu" not in native_devices("attention"), reason="the operator is not built")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(17, 4, 6, 32), (50, 2, 3, 64)])
+def test_the_operators_flops_are_those_of_its_definition(shape: tuple[int, int, int, int], causal: bool) -> None:
+    """PyTorch's own count of its products, mask or none, is what the rehearsal counts of the native operator."""
+    length, batch, heads, width = shape
+    qkv = torch.randn(length, batch, 3 * heads * width, requires_grad=True)
+    flops = []
+    with Meter(rehearsal._attention_flops()) as meter:
+        out = attention.attention(qkv, heads, causal=causal)
+        flops.append(meter.flops)
+        out.sum().backward()
+        flops.append(meter.flops - flops[0])
+    # Of PyTorch's ways to multiply the one that is made of products which FlopCounterMode knows on a CPU.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            plain = attention.reference(qkv, heads, causal=causal)
+        with FlopCounterMode(display=False) as backward:
+            plain.sum().backward()
+    assert flops == [forward.get_total_flops(), backward.get_total_flops()]
+    assert flops[0] == 4 * length**2 * batch * heads * width
+    assert flops[1] == 2 * flops[0]
+
+
 @pytest.mark.parametrize("emulated", [True, False])
 def test_fp8(emulated: bool) -> None:
     fp8 = ["train.precision=fp8", f"train.fp8.rehearse={str(emulated).lower()}"]
     one = rehearsed("demo_clip.yaml", 2, 1, fp8, meta=False)
     assert one.cfg.train.precision == ("fp8" if emulated else "bf16")
+    note = "note: in bf16 in place of FP8, whose own copies of the weights are in neither figure"
+    assert (note in rehearsal_lines(one)) is not emulated
     if not emulated:
         check(one)
         return
@@ -113,6 +142,14 @@ def test_fp8(emulated: bool) -> None:
     assert [piece.flops for piece in one.pieces] == [None, None, None]
     predicted, measured = one.model_bytes
     assert predicted < measured < 1.02 * predicted
+
+
+def test_fp8_without_memory_is_bf16_and_says_so() -> None:
+    fp8 = ["train.precision=fp8", "train.fp8.rehearse=true"]
+    one, twin = (rehearsed("demo_clip.yaml", 2, 1, more) for more in (fp8, ["train.precision=bf16"]))
+    assert [line for line in rehearsal_lines(one) if line not in rehearsal_lines(twin)] == [
+        "note: in bf16 in place of FP8, whose own copies of the weights are in neither figure"
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 9, 95])
