@@ -34,9 +34,11 @@ class UserError(Exception):
 
     Attributes:
         status: exit code of a command that ends with it.
+        is_told: whether the mistake is on the terminal already, as an `error:` line that needs no second one.
     """
 
     status: int = EXPLAINED
+    is_told: bool = False
 
 
 class ConfigError(UserError):

@@ -27,7 +27,7 @@ def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(str(error) if error.is_told else f"error: {error}", err=True)
             raise typer.Exit(error.status) from None
         except OSError as error:
             if (text := explain_disk_error(error)) is None:

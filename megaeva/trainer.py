@@ -382,9 +382,11 @@ class Trainer:
         name = f"bad_batch_step_{self.next_step}.json"
         self.record.write_json(name, {"step": self.next_step, "fault": fault, "keys": keys})
         self._finish_save()
+        newest = self.store.newest()
+        goes_on = f"Last good checkpoint: {newest}; --resume continues there" if newest else "No checkpoint was saved"
         raise UserError(
             f"step {self.next_step}: {fault}. Samples: {', '.join(keys[:4])}, ... ({len(keys)} in all, listed in "
-            f"{self.run_dir / name}). Last good checkpoint: {self.store.newest() or 'none'}; --resume continues there."
+            f"{self.run_dir / name}). {goes_on}."
         )
 
     def _save_finished_steps(self) -> None:

@@ -48,8 +48,9 @@ class StageFailedError(UserError):
     ) -> None:
         self.stage, self.rank, self.exit_code, self.reason = stage, rank, exit_code, reason
         if exit_code == EXPLAINED:
-            # The rank has told it on this terminal just now.
-            super().__init__(f"stage {stage} stopped by the error above (log: {log_path}); mend it and {again}")
+            # The rank has told it on this terminal just now, with what to do.
+            self.is_told = True
+            super().__init__(f"stage {stage} stopped by the error above (log: {log_path})")
             return
         self.status = 1
         if reason.startswith((LOST_CONTACT, _SILENT)):

@@ -317,6 +317,34 @@ def test_a_save_in_flight_is_finished_when_the_loss_is_not_finite(
     assert f"Last good checkpoint: {recipe.parent}/run/checkpoints/{last}; --resume continues there" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("train.precision=fp16 train.fp16.initial_scale=4294967296 train.fp16.min_scale=4294967296", "scale collapses"),
+        ("optim.vision.lr=1e30 optim.warmup_steps=0", "finite"),
+    ],
+)
+def test_a_stop_before_the_first_save_speaks_of_no_resume(
+    recipe: Path, capfd: pytest.CaptureFixture[str], overrides: str, words: str
+) -> None:
+    message = fail(capfd, recipe, "save.every_steps=null", *overrides.split())
+    assert words in message
+    assert "No checkpoint was saved." in message and "--resume" not in message
+
+
+def test_the_command_prints_one_error(recipe: Path) -> None:
+    """What the launcher adds to a rank's own words is no second error."""
+    code = "from megaeva.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(recipe), "init.vision=nowhere.safetensors"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert done.returncode == 2, done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.startswith("error: ") for line in lines[-2:]] == [True, False], done.stdout
+    assert done.stdout.count("error: ") == 1
+    assert lines[-1] == f"stage train stopped by the error above (log: {recipe.parent}/run/train.log)"
+    assert "--resume" not in done.stdout
+
+
 def test_full_disk_under_the_metrics(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,7 +410,7 @@ def test_two_ranks_tell_a_mistake_once(recipe: Path) -> None:
     lines = out.splitlines()
     assert len(lines) == 2, out
     assert "names 2 shards" in lines[0]
-    assert "stopped by the error above" in lines[1]
+    assert lines[0].startswith("error: ") and lines[1].startswith("stage train stopped by the error above")
 
 
 def test_rank_that_is_killed_is_named_and_the_rest_stops(recipe: Path) -> None:

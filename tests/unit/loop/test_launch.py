@@ -47,6 +47,7 @@ def test_error_of_a_single_process_is_quoted(job, tmp_path: Path) -> None:
     with pytest.raises(StageFailedError) as caught:
         run_module("job", [], ONE, tmp_path / "a.log", stage="round1/distil")
     text = str(caught.value)
+    assert not caught.value.is_told
     for part in ("round1/distil", "rank 0", "code 1", "ValueError: the shard is empty", "a.log"):
         assert part in text
 
@@ -55,7 +56,7 @@ def test_user_error_is_quoted_whole(job, tmp_path: Path) -> None:
     job("import sys; print('error: tp=3 is wrong.\\nUse 2.', file=sys.stderr); sys.exit(2)")
     with pytest.raises(StageFailedError) as caught:
         run_module("job", [], ONE, tmp_path / "a.log", stage="a")
-    assert caught.value.exit_code == 2
+    assert (caught.value.exit_code, caught.value.status, caught.value.is_told) == (2, 2, True)
     assert caught.value.reason == "error: tp=3 is wrong.\nUse 2."
 
 
