@@ -16,6 +16,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 # What the editable install depends on: requirements, and everything that is compiled into the extension.
 INSTALL_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two files at a time: most tests keep one core busy, and a job's ranks wait for one another.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 # Architectures the CUDA sources must compile for; nvcc needs no GPU.
 NVCC ?= $(shell command -v nvcc || echo $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc)
 CUDA_ARCHITECTURES := sm_80 sm_90a sm_100
@@ -48,10 +50,10 @@ bench-demo: $(VENV)/.demo
 	$(BIN)/megaeva demo --bench
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not gpu and not exhaustive"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not exhaustive"
 
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not gpu and not slow and not exhaustive" tests/unit tests/kernels
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow and not exhaustive" tests/unit tests/kernels
 
 test-exhaustive: $(VENV)/.test
 	$(PYTEST) -m exhaustive

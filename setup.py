@@ -77,6 +77,7 @@ EXTRAS = {
         "mypy",
         "ninja",  # compiles the extension's sources side by side
         "pytest",
+        "pytest-xdist",  # make test: files side by side, as most tests keep one core busy
         "ruff",
         "timm",
         "torch-optimizer",  # a LAMB that steps as DeepSpeed's

@@ -69,7 +69,7 @@ def ranks() -> list[dict[tuple[str, str, str], int]]:
     return run_ranks(measured, 2)
 
 
-@pytest.mark.parametrize("case", product(KINDS, LAYOUTS, ("fp32", "bf16")), ids=" ".join)
+@pytest.mark.parametrize("case", list(product(KINDS, LAYOUTS, ("fp32", "bf16"))), ids=" ".join)
 def test_what_a_rank_keeps(case: tuple[str, str, Any], ranks: list[dict[tuple[str, str, str], int]]) -> None:
     kind, layout, precision = case
     part, axes = section(kind), AxesSection(**LAYOUTS[layout])

@@ -84,7 +84,7 @@ def test_a_trace_without_a_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"{}", gzip.compress(b"[1, 2"), gzip.compress(b"{}"), b"\x1f\x8b\x08half"]
+    "content", [None, b"", b"{}", gzip.compress(b"[1, 2", mtime=0), gzip.compress(b"{}", mtime=0), b"\x1f\x8b\x08half"]
 )
 def test_a_file_that_is_no_trace_is_explained(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
