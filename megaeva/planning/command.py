@@ -2,6 +2,8 @@
 
 import difflib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,11 @@ def run_plan(
     if json_path is not None:
         values: Any = [plan_json(one) for one in plans]
         values = {"tried": tried, "best": values, "not_possible": rejected} if searching else values[0]
-        json_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        with _explained("--json", json_path):
+            json_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if plot_path is not None:
-        write_plot(plans[0], plot_path)
+        with _explained("--plot", plot_path):
+            write_plot(plans[0], plot_path)
     return lines
 
 
@@ -66,9 +70,22 @@ def _check_writable(option: str, path: Path | None) -> None:
     """Nothing where a file can be written; before the work, not after it."""
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
-        raise UserError(f"{option} {path} {what}; it must be a file in a folder that exists; name one, or make it.")
+    with _explained(option, path):
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+            raise UserError(f"{option} {path} {what}; it must be a file in a folder that exists; name one, or make it.")
+
+
+@contextmanager
+def _explained(option: str, path: Path) -> Iterator[None]:
+    """Whatever the disk answers, as a mistake in the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option} {path} cannot be written ({error.strerror or error}); it must be a file in a folder that can be "
+            "written; choose another."
+        ) from None
 
 
 def run_rehearsal(

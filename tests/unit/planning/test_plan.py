@@ -162,7 +162,7 @@ def test_files(tmp_path: Path) -> None:
     assert [line.strip() for line in lines[lines.index("not possible:") + 1 :]] == values["not_possible"]
 
 
-def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_said(tmp_path: Path) -> None:
     def run(**paths: Path) -> None:
         run_plan(EVA_18B, [], 360, "a100-40", **paths)  # type: ignore[arg-type]
 
@@ -173,6 +173,16 @@ def test_files_that_cannot_be_written_are_said_before_the_work(tmp_path: Path) -
     for name in ("plan.txt", "plan"):
         with pytest.raises(UserError, match=r"--plot .*must end in one of .*\.png"):
             run(plot_path=tmp_path / name)
+    for option, name, path in (
+        ("--json", "json_path", "/dev/full"),
+        ("--json", "json_path", "/proc/x.json"),
+        ("--plot", "plot_path", "/proc/x.png"),
+        ("--json", "json_path", f"/tmp/{'x' * 300}"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^{option} {path} cannot be written \(.+\); it must be a file in a folder "
+        ):
+            run(**{name: Path(path)})
 
 
 def test_a_teacher_is_that_of_the_recipe_that_makes_it(tmp_path: Path) -> None:
