@@ -171,7 +171,7 @@ def train(
     from megaeva.config.schema import LaunchSection
     from megaeva.config.validate import check_teacher
 
-    cfg = load(recipe, overrides or ())
+    cfg = load(recipe, overrides or (), processes)
     check_world(cfg, processes)
     if topology:
         from megaeva.planning.rates import rate_lines
@@ -180,7 +180,7 @@ def train(
         typer.echo("\n".join([*topology_lines(cfg, processes), "", *rate_lines(cfg)]))
         return
     if cfg.teacher is not None:
-        check_teacher(cfg, read_model_section(cfg.teacher.checkpoint).vision)
+        check_teacher(cfg, read_model_section(cfg.teacher.checkpoint).vision, processes)
     if not resume:
         refuse_old_run(Path(cfg.run_dir))
     from megaeva.loop.launch import launch

@@ -39,8 +39,9 @@ def train(recipe: str, overrides: Sequence[str], *, resume: bool) -> int:
     from megaeva.config.world import check_world_size
 
     check_world_size(os.environ)
-    cfg = load(recipe, overrides)
-    check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    cfg = load(recipe, overrides, processes)
+    check_world(cfg, processes)
     # Imported here: mistakes in the recipe are told before torch is loaded.
     from megaeva.parallel import watch
     from megaeva.parallel.runtime import start, stop

@@ -1,11 +1,48 @@
 """Rules of the `parallel` section; `world.py` checks what depends on the number of processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
 from megaeva.config.problem import Problem, choices, divisors
 from megaeva.config.schema import AxesSection, Config, VisionSection
 from megaeva.config.topology import virtual_stages
+
+Change = Mapping[str, Any]
+"""Keys to set on top of a recipe, by their dotted names."""
+
+
+def overrides(change: Change) -> list[str]:
+    """The keys as `key.path=value`."""
+    return [f"{key}={'null' if value is None else value}" for key, value in change.items()]
+
+
+@dataclass(frozen=True)
+class Remedies(Problem):
+    """A problem that values mend, not all of which other rules or the number of processes allow.
+
+    `world.with_remedies` writes those that do into `do`. Each of `ways` is one remedy: changes, the nearest first, of
+    which one is named.
+    """
+
+    do: str = field(init=False)
+    ways: tuple[tuple[Change, ...], ...]
+    form: str = "use {}"
+    say: Callable[[Change], str] = field(default=lambda change: " ".join(overrides(change)))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "do", self.naming([way[0] for way in self.ways if way]))
+
+    def naming(self, changes: list[Change]) -> str:
+        """What to do, with these changes as the choice."""
+        return self.form.format(choices([self.say(change) for change in changes]))
+
+
+def _value(change: Change) -> str:
+    (value,) = change.values()
+    return str(value)
+
 
 # ------------------------------------------------------------------------------------------------ tensor parallel
 
@@ -26,7 +63,18 @@ def text_tp_choices(cfg: Config) -> list[int]:
 def _tp_splits(key: str, tp: int, sizes: dict[str, int], allowed: list[int]) -> Iterator[Problem]:
     broken = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if broken:
-        yield Problem(f"parallel.{key}.tp", f"must divide {' and '.join(broken)}", f"use {choices(allowed)}")
+        ways = tuple(({f"parallel.{key}.tp": size},) for size in allowed)
+        yield Remedies(f"parallel.{key}.tp", f"must divide {' and '.join(broken)}", ways=ways, say=_value)
+
+
+def micro_batch_problems(cfg: Config) -> Iterator[Problem]:
+    """A micro batch size that no number of processes could use."""
+    key, micro, batch = "train.micro_batch_size", cfg.train.micro_batch_size, cfg.train.global_batch_size
+    if micro is not None and (micro < 1 or batch % micro):
+        near = sorted(divisors(batch), key=lambda size: abs(size - micro))  # the smaller of two as near
+        yield Remedies(
+            key, f"must divide train.global_batch_size={batch}", ways=(tuple({key: size} for size in near),), say=_value
+        )
 
 
 def _vision_tp(cfg: Config) -> Iterator[Problem]:
@@ -66,30 +114,37 @@ def _whole_towers(cfg: Config) -> Iterator[Problem]:
     for name, axes in (("text", cfg.parallel.text), ("teacher", cfg.parallel.teacher)):
         for key, value in (("pp", axes.pp), ("vpp", axes.vpp)):
             if value != 1:
-                yield Problem(
-                    f"parallel.{name}.{key}", f"must be 1: {reasons[name]}", f"remove it, or raise parallel.{name}.tp"
-                )
+                do, whole = f"remove it, or raise parallel.{name}.tp", {f"parallel.{name}.{key}": 1}
+                yield Remedies(f"parallel.{name}.{key}", f"must be 1: {reasons[name]}", ways=((whole,),), form=do)
         if axes.layers_per_stage is not None:
             yield Problem(f"parallel.{name}.layers_per_stage", f"must be absent: {reasons[name]}", "remove it")
 
 
 def _stages(cfg: Config) -> Iterator[Problem]:
     axes, num_layers = cfg.parallel.vision, cfg.model.vision.num_layers
+    sizes = axes.layers_per_stage
+
+    def stages(pp: int, vpp: int) -> Change:
+        new: dict[str, Any] = {"parallel.vision.pp": pp} if pp != axes.pp else {}
+        new |= {"parallel.vision.vpp": vpp} if vpp != axes.vpp else {}
+        unfit = sizes is not None and (len(sizes), sum(sizes)) != (pp * vpp, num_layers)
+        return new | ({"parallel.vision.layers_per_stage": None} if unfit else {})
+
     if axes.vpp > 1 and axes.pp == 1:
-        yield Problem(
+        yield Remedies(
             "parallel.vision.vpp",
             "must be 1 at parallel.vision.pp=1: virtual stages interleave the stages of a pipeline",
-            "remove it, or set parallel.vision.pp=2",
+            ways=((stages(1, 1),), tuple(stages(pp, axes.vpp) for pp in range(2, num_layers // axes.vpp + 1))),
         )
     elif axes.pp * axes.vpp > num_layers:
-        pp, vpp = num_layers // axes.vpp, num_layers // axes.pp
-        ways = [f"parallel.vision.pp={pp}"] if pp > 1 or axes.vpp == 1 else []
-        ways += [f"parallel.vision.vpp={vpp}"] if vpp and axes.vpp > 1 else []
-        stages = f"pp={axes.pp} x vpp={axes.vpp} = {axes.pp * axes.vpp} stages"
-        yield Problem(
+        least = 1 if axes.vpp == 1 else 2
+        fewer_ranks = [stages(pp, axes.vpp) for pp in range(num_layers // axes.vpp, least - 1, -1)]
+        fewer_chunks = [stages(axes.pp, vpp) for vpp in range(num_layers // axes.pp, 0, -1)] if axes.vpp > 1 else []
+        total = f"pp={axes.pp} x vpp={axes.vpp} = {axes.pp * axes.vpp} stages"
+        yield Remedies(
             "parallel.vision.pp",
-            f"must leave each of the {stages} a layer, model.vision.num_layers={num_layers}",
-            f"use {' or '.join(ways or ['parallel.vision.pp=1 parallel.vision.vpp=1'])}",
+            f"must leave each of the {total} a layer, model.vision.num_layers={num_layers}",
+            ways=((*fewer_ranks, stages(1, 1)), tuple(fewer_chunks)),
         )
 
 
@@ -98,12 +153,17 @@ def _layers_per_stage(cfg: Config) -> Iterator[Problem]:
     sizes = axes.layers_per_stage
     if sizes is None or axes.pp * axes.vpp > num_layers or (len(sizes), sum(sizes)) == (axes.pp * axes.vpp, num_layers):
         return
+    if axes.vpp > 1 and axes.pp == 1:
+        return  # `_stages` tells it
     even = [len(stage) for stage in virtual_stages(AxesSection(pp=axes.pp, vpp=axes.vpp), num_layers)]
-    yield Problem(
-        "parallel.vision.layers_per_stage",
+    key = "parallel.vision.layers_per_stage"
+    yield Remedies(
+        key,
         f"must have pp x vpp = {axes.pp * axes.vpp} entries that sum to model.vision.num_layers={num_layers}, "
         f"it has {len(sizes)} that sum to {sum(sizes)}",
-        f"use {even}, or remove it for that",
+        ways=(({key: even},),),
+        form="use {}, or remove it for that",
+        say=_value,
     )
 
 

@@ -18,7 +18,7 @@ from megaeva.config.explain import Partial, explain, is_free, report, section_of
 from megaeva.config.problem import Problem
 from megaeva.config.schema import Config, LoopConfig, ModelSection, Section, StageSection
 from megaeva.config.source import COMMAND_LINE, Dumper, Keys, Source, gather, get_in, leaves, merge, shown
-from megaeva.config.validate import LOOP_RULES, RULES, problems
+from megaeva.config.validate import LOOP_RULES, RULES, problems, with_working_values
 from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 
@@ -48,6 +48,7 @@ def _check(
     source: Source,
     values: dict[str, Any],
     skip: Keys | None = None,
+    processes: int | None = None,
 ) -> _ConfigT | None:
     """The validated config, or None with every problem noted in `source`; missing keys under `skip` are not told."""
     cfg: _ConfigT | None = None
@@ -64,7 +65,7 @@ def _check(
                 explain(source, model, values, error)
         view = Partial(model, values, bad, ())
     found = problems(cast(_ConfigT, view), rules)
-    for problem in found:
+    for problem in with_working_values(view, found, processes):
         report(source, values, view, problem)
     return cfg if not found else None
 
@@ -79,12 +80,13 @@ def _finish(path: Path, source: Source) -> ConfigError:
 # ------------------------------------------------------------------------------------------------------ public
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> Config:
     """The checked recipe at `path` with overrides applied.
 
     Args:
         path: a YAML file; its optional `base` is looked up beside it.
         overrides: `key.path=value`, the value in YAML.
+        processes: of the run, where known: errors then name only values that `check_world` accepts too.
 
     Raises:
         ConfigError: every problem found, one per line, each with key, value, file:line, what must be, what to do.
@@ -98,7 +100,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{path} is a loop (it has rounds), a training recipe is needed here; run megaeva loop {path}."
         )
     values, unknown_variant = _expand_variant(source)
-    cfg = _check(Config, RULES, source, values, ("model",) if unknown_variant else None)
+    cfg = _check(Config, RULES, source, values, ("model",) if unknown_variant else None, processes)
     if source.errors or cfg is None:
         raise _finish(path, source)
     return cfg

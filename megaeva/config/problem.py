@@ -12,7 +12,7 @@ class Problem:
     do: str
 
 
-def choices(values: list[int]) -> str:
+def choices(values: list[int] | list[str]) -> str:
     """The text "1, 2 or 4"."""
     words = [str(v) for v in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

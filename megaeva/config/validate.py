@@ -10,11 +10,11 @@ from math import gcd
 from typing import TypeVar
 
 from megaeva.config.fp8 import FP8_RULES
-from megaeva.config.layout import LAYOUT_RULES, teacher_problems
+from megaeva.config.layout import LAYOUT_RULES, Change, Remedies, micro_batch_problems, teacher_problems
 from megaeva.config.phases import PHASE_RULES
-from megaeva.config.problem import Problem, divisors
+from megaeva.config.problem import Problem
 from megaeva.config.schema import Config, LoopConfig, OptimSection, Section, TextSection, VisionSection
-from megaeva.config.world import describe_layouts, nearest_layouts, world_fault
+from megaeva.config.world import describe_layouts, nearest_layouts, with_keys, with_remedies, world_fault
 from megaeva.errors import ConfigError
 
 CLIP_VOCAB_SIZE = 49408
@@ -221,13 +221,6 @@ def _warmup(cfg: Config) -> Iterator[Problem]:
         )
 
 
-def _micro_batch(cfg: Config) -> Iterator[Problem]:
-    micro, batch = cfg.train.micro_batch_size, cfg.train.global_batch_size
-    if micro is not None and (micro < 1 or batch % micro):
-        near = [d for d in divisors(batch) if d <= max(1, micro)][-1]
-        yield Problem("train.micro_batch_size", f"must divide train.global_batch_size={batch}", f"use {near}")
-
-
 def _saving(cfg: Config) -> Iterator[Problem]:
     for key, every in (
         ("save.every_steps", cfg.save.every_steps),
@@ -270,7 +263,7 @@ def _profiled(cfg: Config) -> Iterator[Problem]:
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _vision_heads, _text_heads, _patches, _rope, _logit_scale, *LAYOUT_RULES,
     _task_sections, _loss, _mask, _mim_sees_all, _vocabulary, *PHASE_RULES, _eval_data, _augment, _optimizer, _frozen,
-    _warmup, _micro_batch, _saving, _guarded, _profiled, *FP8_RULES,
+    _warmup, micro_batch_problems, _saving, _guarded, _profiled, *FP8_RULES,
 )  # fmt: skip
 
 
@@ -314,6 +307,26 @@ def problems(cfg: _ConfigT, rules: Sequence[Callable[[_ConfigT], Iterator[Proble
     return found
 
 
+def with_working_values(cfg: Config, found: list[Problem], processes: int | None) -> list[Problem]:
+    """`found`, what `problems` says of `cfg`, where values that it names keep all rules, also on `processes` if known.
+
+    A mistake whose remedy is no such value stays out of it: it is told for itself.
+    """
+    apart = {problem.key for problem in found if not isinstance(problem, Remedies)}
+
+    def why_not(change: Change) -> str | None:
+        changed = with_keys(cfg, change)
+        try:
+            fault = world_fault(changed, processes) if processes is not None else None
+        except UnknownValue:  # of the key that is unreadable, `load` tells
+            fault = None
+        if fault is not None:
+            return fault.text
+        return next((f"{one.key} {one.must}" for one in problems(changed, RULES) if one.key not in apart), None)
+
+    return with_remedies(found, why_not)
+
+
 # ------------------------------------------------------------------------------------------------------- run time
 
 
@@ -339,12 +352,12 @@ def check_world(cfg: Config, world_size: int) -> None:
         )
 
 
-def check_teacher(cfg: Config, teacher: VisionSection) -> None:
+def check_teacher(cfg: Config, teacher: VisionSection, processes: int | None = None) -> None:
     """Nothing; checks `parallel.teacher` against the tower that the teacher's checkpoint turns out to hold.
 
     Raises:
         ConfigError: it cannot be cut that way.
     """
     tp = cfg.parallel.teacher.tp
-    for problem in teacher_problems(tp, teacher):
+    for problem in with_working_values(cfg, teacher_problems(tp, teacher), processes):
         raise ConfigError(f"{problem.key}={tp} {problem.must}; {problem.do}.")

@@ -3,16 +3,17 @@
 A suggestion is only made when all of it would be accepted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
-from math import lcm, log2
+from itertools import chain, islice, product
+from math import gcd, lcm, log2, prod
 from typing import Any, Literal
 
-from megaeva.config.layout import text_tp_choices, vision_tp_choices
-from megaeva.config.problem import divisors
-from megaeva.config.schema import AxesSection, Config
+from megaeva.config.layout import Change, Remedies, overrides, text_tp_choices, vision_tp_choices
+from megaeva.config.problem import Problem, divisors
+from megaeva.config.schema import AxesSection, Config, Section
 from megaeva.config.topology import PARALLEL_KEYS, data_ranks, microbatches, sharing_ranks, step_axes
+from megaeva.config.variants import VARIANTS
 from megaeva.errors import ConfigError
 
 EXPECTED_WORLD_SIZE = "MEGAEVA_WORLD_SIZE"  # set by megaeva/loop/node.py for its ranks
@@ -113,7 +114,7 @@ class Layout:
     @property
     def overrides(self) -> list[str]:
         """The keys as `key.path=value`."""
-        return [f"{key}={'null' if value is None else value}" for key, value in self.set.items()]
+        return overrides(self.set)
 
 
 Allowed = Callable[[Config], bool]
@@ -162,7 +163,7 @@ _NUM_SUGGESTIONS = 4
 
 
 def _works(cfg: Config, layout: Layout, allowed: Allowed) -> bool:
-    changed = _changed(cfg, layout.set)
+    changed = with_keys(cfg, layout.set)
     return world_fault(changed, layout.processes) is None and allowed(changed)
 
 
@@ -170,7 +171,7 @@ def _with_micro_batch(cfg: Config, layout: Layout, allowed: Allowed) -> Layout |
     """`layout` with the nearest micro batch size that makes it work, if there is one."""
     if cfg.train.micro_batch_size is None and cfg.parallel.vision.vpp == 1:
         return None
-    for side in _other_microbatches(_changed(cfg, layout.set), layout.processes):
+    for side in _other_microbatches(with_keys(cfg, layout.set), layout.processes):
         for one in side:
             both = Layout(layout.processes, {**layout.set, **one.set})
             if _works(cfg, both, allowed):
@@ -178,16 +179,28 @@ def _with_micro_batch(cfg: Config, layout: Layout, allowed: Allowed) -> Layout |
     return None
 
 
-def _changed(cfg: Config, values: Mapping[str, int | None]) -> Config:
-    """`cfg` with these keys set, not validated."""
+def with_keys(cfg: Config, values: Change) -> Config:
+    """`cfg`, which may be `load`'s partial view of a broken recipe, with these keys set, not validated."""
     for key, value in values.items():
         cfg = _set(cfg, key.split("."), value)
     return cfg
 
 
-def _set(section: Any, keys: list[str], value: int | None) -> Any:
+class _Over:
+    """A partial view of a section with one key set."""
+
+    def __init__(self, section: Any, key: str, value: Any) -> None:
+        self._section, self._key, self._value = section, key, value
+
+    def __getattr__(self, name: str) -> Any:
+        return self._value if name == self._key else getattr(self._section, name)
+
+
+def _set(section: Any, keys: list[str], value: Any) -> Any:
     inner = value if len(keys) == 1 else _set(getattr(section, keys[0]), keys[1:], value)
-    return section.model_copy(update={keys[0]: inner})
+    if isinstance(section, Section):
+        return section.model_copy(update={keys[0]: inner})
+    return _Over(section, keys[0], inner)
 
 
 Sides = tuple[Iterator[Layout], ...]
@@ -239,14 +252,20 @@ def _micro(size: int, world_size: int) -> Layout:
     return Layout(world_size, {"train.micro_batch_size": size})
 
 
+_COMMON_TP = divisors(
+    gcd(*(tower["vision"][key] for tower in VARIANTS.values() for key in ("num_heads", "ffn_hidden_size")))
+)
+
+
 def _other_axes(cfg: Config, world_size: int) -> Sides:
     """The layouts of `world_size` processes in order of distance, twice: two that work are wanted."""
     vision = cfg.parallel.vision
     second, asked = (
         ("text", cfg.parallel.text.tp) if cfg.task == "contrastive" else ("teacher", cfg.parallel.teacher.tp)
     )
-    # A teacher's heads are not known here; a divisor of the asked size cuts whatever that size cuts.
-    second_choices = text_tp_choices(cfg) if second == "text" else divisors(asked)
+    # A teacher's heads are not known here; a divisor of the asked size cuts whatever that size cuts, and the common
+    # divisors of all variants cut each of these.
+    second_choices = text_tp_choices(cfg) if second == "text" else sorted({*divisors(asked), *_COMMON_TP})
     found: list[tuple[float, int, Layout]] = []
     pps = [pp for pp in divisors(world_size) if pp <= cfg.model.vision.num_layers]
     for tp, tp2, pp, vpp in product(vision_tp_choices(cfg), second_choices, pps, sorted({1, vision.vpp})):
@@ -269,3 +288,56 @@ def _other_axes(cfg: Config, world_size: int) -> Sides:
             found.append((distance, len(new), Layout(world_size, new)))
     ordered = [layout for *_, layout in sorted(found, key=lambda entry: entry[:2])]
     return iter(ordered[:_LIMIT]), iter(ordered[:_LIMIT])
+
+
+# ------------------------------------------------------------------------------------------- remedies of the rules
+
+WhyNot = Callable[[Change], str | None]
+
+
+def with_remedies(found: list[Problem], why_not: WhyNot) -> list[Problem]:
+    """`found`, in which each of the `Remedies` names the values that work, each together with what the others name.
+
+    Where none does, it says what else must hold.
+
+    Args:
+        why_not: what a recipe with this change still breaks, beside the problems that are no `Remedies`; None: nothing.
+    """
+    open_ones = [problem for problem in found if isinstance(problem, Remedies)]
+    if not open_ones:
+        return found
+    known: dict[str, str | None] = {}
+
+    def broken(changes: Sequence[Change]) -> str | None:
+        change = {key: value for one in changes for key, value in one.items()}
+        if repr(change) not in known:
+            known[repr(change)] = why_not(change)
+        return known[repr(change)]
+
+    tried = [[change for way in problem.ways for change in way] for problem in open_ones]
+    # Smaller axes and micro batches ask for least. Where they do not work together, few other ways do.
+    least = [min(changes, key=_size_of) for changes in tried]
+    starts = chain([least], map(list, islice(product(*tried), _NUM_STARTS)))
+    chosen = next((changes for changes in starts if broken(changes) is None), None)
+    if chosen is None:
+        small = " ".join(key_value for change in least for key_value in overrides(change))
+        do = f"change more than this key: even with {small}, {broken(least)}"
+        return [Problem(one.key, one.must, do) if isinstance(one, Remedies) else one for one in found]
+
+    def working(at: int) -> list[Change]:
+        def works(change: Change) -> bool:
+            return broken([*chosen[:at], change, *chosen[at + 1 :]]) is None
+
+        return [change for way in open_ones[at].ways if (change := next(filter(works, way), None)) is not None]
+
+    for at in range(len(open_ones)):
+        chosen[at] = working(at)[0]  # that which works is among them, so there is one
+    named = {id(problem): problem.naming(working(at)) for at, problem in enumerate(open_ones)}
+    return [Problem(one.key, one.must, named[id(one)]) if id(one) in named else one for one in found]
+
+
+_NUM_STARTS = 100
+
+
+def _size_of(change: Change) -> tuple[int, int]:
+    return prod(value for value in change.values() if isinstance(value, int)), -len(change)

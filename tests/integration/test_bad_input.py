@@ -148,7 +148,7 @@ def test_recipe_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[s
 # Name: (processes, overrides, what the message says).
 LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "text_heads": (
-        3, "parallel.text.tp=3",
+        2, "parallel.text.tp=3",
         ["parallel.text.tp=3 (command line) must divide model.text.num_heads=2", "; use 1 or 2."],
     ),
     "stages_without_a_layer": (

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megaeva import cli, train
 from megaeva.config import check_world, load
 from megaeva.config.schema import Config
-from megaeva.config.validate import RULES, problems
+from megaeva.config.validate import RULES, check_teacher, problems
 from megaeva.config.world import Layout, describe_layouts, nearest_layouts, world_fault
 from megaeva.errors import ConfigError
 
@@ -121,8 +123,127 @@ def test_a_suggestion_keeps_the_recipe_rules(tmp_path: Path) -> None:
     assert [one.set["train.global_batch_size"] for one in found if one.set] == [5000]
 
 
+def test_a_teacher_that_is_not_known_is_cut_as_every_variant_can_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world(recipe(tmp_path, MIM, "teacher.tp=3"), 32)
+    assert str(caught.value).endswith("or use parallel.teacher.tp=2, or parallel.teacher.tp=1.")
+
+
 def test_nothing_near_is_said_in_words() -> None:
     assert describe_layouts([], 4) == "change train.global_batch_size or the axes in `parallel`"
     assert describe_layouts([Layout(2), Layout(4), Layout(3, {"a.b": None})], 2) == (
         "start 2 or 4 processes, or use a.b=null with 3 processes"
     )
+
+
+# ------------------------------------------------------------------------------ what the rules of a recipe suggest
+
+# Overrides, processes (None: not known), and the end of each line of the message.
+REMEDIES: list[tuple[str, str, int | None, list[str]]] = [
+    (CLIP, "vision.pp=96", None, ["use parallel.vision.pp=48."]),
+    (CLIP, "vision.pp=96 vision.tp=8", 120, ["use parallel.vision.pp=15."]),
+    (CLIP, "vision.pp=96 vision.recompute=20", None, ["use parallel.vision.pp=2."]),
+    (CLIP, f"vision.pp=50 vision.layers_per_stage=[{','.join('1' * 50)}]", None,
+     ["use parallel.vision.pp=48 parallel.vision.layers_per_stage=null."]),
+    (CLIP, "vision.vpp=2 micro_batch_size=4", 6, ["use parallel.vision.vpp=1 or parallel.vision.pp=2."]),
+    (CLIP, "vision.vpp=2 micro_batch_size=4", 5, ["use parallel.vision.vpp=1 or parallel.vision.pp=5."]),
+    (CLIP, "vision.vpp=2", 6, ["use parallel.vision.vpp=1."]),
+    (CLIP, "vision.pp=10 vision.vpp=6 micro_batch_size=4", 30, ["use parallel.vision.pp=6 or parallel.vision.vpp=4."]),
+    (CLIP, "micro_batch_size=7", None, ["use 6."]),
+    (CLIP, "micro_batch_size=63", None, ["use 60."]),
+    (CLIP, "micro_batch_size=70", None, ["use 60."]),
+    (CLIP, "micro_batch_size=71", None, ["use 80."]),
+    (CLIP, "micro_batch_size=71", 8, ["use 60."]),
+    (CLIP, "text.tp=8", None, ["use 1, 2, 4, 5, 10 or 20."]),
+    (CLIP, "text.tp=8", 8, ["use 1, 2 or 4."]),
+    (CLIP, "text.tp=8 vision.tp=3", 8, ["use 1, 2, 4 or 8.", "use 1, 2 or 4."]),
+    (CLIP, "vision.tp=3 vision.pp=96 micro_batch_size=7", 120,
+     ["use 1.", "use parallel.vision.pp=40.", "use 8."]),
+    (CLIP, "vision.tp=3 vision.tp_comm_overlap=true vision.sequence_parallel=true", 2, ["use 2."]),
+    (CLIP, "text.pp=2", 8, ["remove it, or raise parallel.text.tp."]),
+    (CLIP, "vision.pp=3 vision.layers_per_stage=[1,2]", 3, ["use [16, 16, 16], or remove it for that."]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "overrides", "world", "ends"), REMEDIES, ids=lambda v: v if v != CLIP else "clip")
+def test_a_rule_names_values_that_are_accepted(
+    tmp_path: Path, text: str, overrides: str, world: int | None, ends: list[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    given = [f"{'train' if '_size' in part else 'parallel'}.{part}" for part in overrides.split()]
+    with pytest.raises(ConfigError) as caught:
+        load(path, given, world)
+    lines = str(caught.value).splitlines()[-len(ends) :]
+    assert [line.rpartition("; ")[2] for line in lines] == ends
+    # Read back from the message, as its reader does: each value with the first of the other lines.
+    offered = []
+    for line in lines:
+        key, advice = line.split("=")[0].strip(), line.rpartition("; ")[2].rstrip(".").removeprefix("use ")
+        if advice.startswith("remove it"):
+            offered.append([[f"{key}=1"]])
+        elif advice.startswith("["):
+            offered.append([[f"{key}={advice.partition(', or remove')[0]}"], [f"{key}=null"]])
+        else:
+            offered.append([way.split() if "=" in way else [f"{key}={way}"] for way in re.split(", | or ", advice)])
+    for at, ways in enumerate(offered):
+        for way in ways:
+            others = [value for i, other in enumerate(offered) if i != at for value in other[0]]
+            cfg = load(path, [*given, *others, *way])
+            if world is not None:
+                check_world(cfg, world)
+
+
+def test_a_rule_that_no_value_keeps_says_what_else_must_hold(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(CLIP, encoding="utf-8")
+
+    def advice(overrides: list[str], world: int) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            load(path, overrides, world)
+        return [line.rpartition("; ")[2] for line in str(caught.value).splitlines()]
+
+    assert advice(["parallel.text.tp=8"], 7) == [
+        "change more than this key: even with parallel.text.tp=1, train.global_batch_size=480 must be a multiple of "
+        "the 7 processes, which share the rows of the loss."
+    ]
+    # Two at once have one reason.
+    of_two = advice(["parallel.vision.tp=8", "parallel.text.tp=8", "parallel.vision.pp=96"], 12)[1:]
+    assert of_two == 2 * [
+        "change more than this key: even with parallel.text.tp=1 parallel.vision.pp=1, 12 processes must be a multiple "
+        "of 8, for parallel.vision.tp=8 and parallel.text.tp=1."
+    ]
+
+
+def test_other_mistakes_do_not_hide_the_values(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(CLIP, encoding="utf-8")
+    for other in (["foo=3"], ["save.every_steps=0"], ["train.global_batch_size=x"]):
+        with pytest.raises(ConfigError) as caught:
+            load(path, ["parallel.text.tp=8", *other], 8)
+        # Without a batch size the number of processes is not held against them.
+        few = "train" not in other[0]
+        assert f"num_heads=20; use 1, 2{' or 4.' if few else ', 4, 5, 10 or 20.'}" in str(caught.value)
+
+
+def test_a_teacher_is_cut_as_the_processes_allow(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, MIM, "vision.tp=5 teacher.tp=5")
+    for world, ends in ((None, "use 1, 2, 4, 5, 8, 10, 20 or 40."), (10, "use 1, 2, 5 or 10.")):
+        teacher = cfg.model.vision.model_copy(update={"num_heads": 40})
+        with pytest.raises(ConfigError, match=re.escape(ends)):
+            check_teacher(_with_teacher_tp(cfg, 3), teacher, world)
+
+
+def _with_teacher_tp(cfg: Config, tp: int) -> Config:
+    axes = cfg.parallel.teacher.model_copy(update={"tp": tp})
+    return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update={"teacher": axes})})
+
+
+def test_the_train_command_knows_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(CLIP, encoding="utf-8")
+    said = CliRunner().invoke(cli.app, ["train", str(path), "--processes", "2", "parallel.text.tp=8", "--topology"])
+    assert "use 1 or 2." in said.output
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="use 1, 2 or 4"):
+        train.train(str(path), ["parallel.text.tp=8"], resume=False)
