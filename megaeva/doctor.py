@@ -142,7 +142,7 @@ def check_threads(installation: Installation) -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     setting = os.environ.get("OMP_NUM_THREADS")
     found = f"{cores} cores, OMP_NUM_THREADS {setting or 'not set'}"
-    if setting is not None and setting.isdigit() and int(setting) > cores:
+    if setting is not None and setting.isdecimal() and int(setting) > cores:
         return Check("threads", "warn", found, f"export OMP_NUM_THREADS={cores}, or fewer with several processes")
     return Check("threads", "ok", found)
 

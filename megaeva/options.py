@@ -47,6 +47,6 @@ def seed_numbers(seeds: str) -> list[int]:
     Raises:
         ConfigError: something else is written there.
     """
-    if not all(part.strip().isdigit() for part in seeds.split(",")):
+    if not all(part.strip().isdecimal() for part in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds} must be whole numbers with commas between them; e.g. --seeds 0,1,2.")
     return [int(part) for part in seeds.split(",")]

@@ -191,7 +191,7 @@ def bench_sweep(
     from megaeva.bench.command import run_sweep
 
     numbers = ranks.split(",")
-    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise ConfigError(f"--ranks {ranks} must be whole numbers above 0 with commas between; e.g. --ranks 1,2.")
     if peak_tflops is not None and not 0 < peak_tflops < math.inf:
         raise ConfigError(f"--peak-tflops {peak_tflops:g} must be above 0 and finite; e.g. 312 for an A100 in bf16.")

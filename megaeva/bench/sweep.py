@@ -30,7 +30,7 @@ from megaeva.errors import ConfigError
 from megaeva.loop.launch import StageFailedError
 from megaeva.loop.ledger import recipe_hash
 from megaeva.observability.metrics import read_metrics
-from megaeva.observability.record import _git_commit
+from megaeva.observability.record import git_commit
 from megaeva.planning import plan
 from megaeva.planning.gpus import find_gpu
 
@@ -226,7 +226,7 @@ def make_runs(
         StageInterruptedError: this process got SIGINT or SIGTERM; the run under way was ended and has no row.
     """
     rows = {json.dumps(_identity(row)): row for row in read_rows(out)}
-    here = _git_commit()
+    here = git_commit()
     failed: list[str] = []
     for number, run in enumerate(runs, 1):
         title = f"({number}/{len(runs)}) {run.name}"

@@ -127,7 +127,7 @@ def find_machines(cfg: Config, environ: Mapping[str, str], num_gpus: int) -> Mac
     if int(environ.get("SLURM_NNODES") or 1) == 1 or "SLURM_JOB_ID" not in environ:
         return Machines(num_gpus if has_gpus else None, has_gpus=has_gpus)
     processes = environ.get("PROCESSES", str(num_gpus) if has_gpus else "")
-    if not processes.isdigit() or int(processes) < 1:
+    if not processes.isdecimal() or int(processes) < 1:
         raise ConfigError(
             f"PROCESSES={processes or 'not set'} in an allocation of {environ['SLURM_NNODES']} nodes, and no GPU is "
             "seen here; it must be how many ranks a node takes; set it to the GPUs of a node."

@@ -159,7 +159,7 @@ def test_rows_are_measured_once(recipe: Path) -> None:
 
 def test_a_row_of_another_recipe_is_made_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, out, said = Jobs(), recipe.parent / "out", list[str]()
-    monkeypatch.setattr(sweep, "_git_commit", lambda: "abc")
+    monkeypatch.setattr(sweep, "git_commit", lambda: "abc")
 
     def swept() -> list[Run]:
         said.clear()
@@ -177,7 +177,7 @@ def test_a_row_of_another_recipe_is_made_again(recipe: Path, monkeypatch: pytest
     )  # fmt: skip
     assert other[0].digest == before[0].digest
 
-    monkeypatch.setattr(sweep, "_git_commit", lambda: "def")
+    monkeypatch.setattr(sweep, "git_commit", lambda: "def")
     swept()
     assert jobs.made == [] and said[0].endswith(
         "has its row, of commit abc; this is def; delete the line in rows.jsonl to measure again"
