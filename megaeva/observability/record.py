@@ -168,6 +168,7 @@ def _cpu_name() -> str | None:
 
 
 def git_commit() -> str | None:
+    """Of the checkout that this code is in, with "-dirty" where files of it are changed; None where it is in none."""
     here = Path(__file__).resolve().parent
     try:
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)

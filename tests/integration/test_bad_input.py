@@ -101,7 +101,7 @@ def checkpoints(recipe: Path) -> list[str]:
     [
         ("train.total_sampels=8", ["train.total_sampels=8", "not a known key", "did you mean train.total_samples"]),
         ("train.total_samples=many", ['train.total_samples="many"', "must be an integer", "whole number"]),
-        ("parallel.vision.tp=3", ["parallel.vision.tp=3", "must divide model.vision.num_heads=2", "use 1 or 2"]),
+        ("parallel.vision.tp=3", ["parallel.vision.tp=3", "must divide model.vision.num_heads=2", "use 1."]),
         ("data.train=[nowhere/*.tar]", ["nowhere/*.tar", "must match at least one shard", "mend the path"]),
         ("data.train=[nowhere/0.tar]", ["nowhere/0.tar does not exist", "must be there", "mend the path"]),
         ("data.num_workers=3", ["names 2 shards", "3 in all", "lower data.num_workers"]),
