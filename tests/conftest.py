@@ -30,7 +30,7 @@ def no_job_left() -> Iterator[None]:
     """Ends the torch.distributed job of this process that a module's tests began and left.
 
     Each of gloo's groups has three threads that wake a hundred times a second until the last reference is gone, and
-    towers are cycles: 600 threads took a fifth of the machine.
+    towers are cycles: there were 600 threads.
     """
     yield
     if "megaeva.parallel.runtime" in sys.modules:
